@@ -5,10 +5,10 @@ A code of b bits is a sign bit (the top one) and a magnitude index.
 1, 2, 4 bits   little-endian fields: coordinate i fills bits b*i to b*i + b - 1 of the vector.
                Nibbles are selectors of the GPU's byte permute as they are.
 8 bits         one int8 a coordinate: m, or ~m under a negative sign, as the matrix unit reads it.
-3 bits         a low plane of 2-bit fields (magnitude) as above, head_dim / 4 bytes, then a plane of
-               sign bits, head_dim / 8 bytes. Byte j of the sign plane serves bytes j and
-               j + head_dim / 8 of the low plane, whose coordinates lie in its bits 2 3 6 7 and
-               1 0 5 4... see SIGN_BITS: shifted by -1 to 2 places the sign lands beside its magnitude.
+3 bits         a plane of 2-bit magnitudes as above, then a plane of signs. Sign bytes 2g and 2g + 1
+               serve magnitude bytes 4g and 4g + 1 with their bits 2 3 6 7 (one a coordinate), and
+               magnitude bytes 4g + 2 and 4g + 3 with their bits 0 1 4 5. Shifted by at most two
+               places a sign then lies above its magnitude, and both make a byte permute's selector.
 5, 6, 7 bits   a little-endian bit string; read by the reference and transformers only.
 """
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from .kv_format import packed_bytes
 
-# Bit of the sign byte for coordinate 4j + i of the low plane's first half, then of its second half.
-SIGN_BITS = ((2, 3, 6, 7), (1, 0, 5, 4))
+# Sign bits of the four coordinates of magnitude bytes 4g and 4g + 1, then of 4g + 2 and 4g + 3.
+SIGN_BITS = ((2, 3, 6, 7), (0, 1, 4, 5))
 
 
 def _pack_fields(fields: np.ndarray, bits: int) -> np.ndarray:
@@ -33,10 +33,10 @@ def _unpack_fields(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.packbits(ones.reshape(*packed.shape[:-1], count, bits), axis=-1, bitorder="little")[..., 0]
 
 
-def _sign_order(eighth: int) -> np.ndarray:
-    """Bit position in the sign plane of each coordinate, [8 * eighth]."""
-    byte = np.arange(eighth)[:, None] * 8
-    return np.concatenate([(byte + np.array(half)).ravel() for half in SIGN_BITS])
+def _sign_positions(groups: int) -> np.ndarray:
+    """Bit position in the sign plane of each of 16 * groups coordinates."""
+    byte = 16 * np.arange(groups)[:, None, None, None] + 8 * np.arange(2)[None, None, :, None]
+    return (byte + np.array(SIGN_BITS)[None, :, None, :]).ravel()
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -46,10 +46,10 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         return np.where(codes & 0x80, codes ^ 0x7F, codes).astype(np.uint8)
     if bits != 3:
         return _pack_fields(codes, bits)
-    eighth = -(-head_dim // 8)
-    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 8 * eighth - head_dim)])
+    groups = -(-head_dim // 16)
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 16 * groups - head_dim)])
     signs = np.zeros_like(codes)
-    signs[..., _sign_order(eighth)] = codes >> 2
+    signs[..., _sign_positions(groups)] = codes >> 2
     return np.concatenate([_pack_fields(codes & 3, 2), _pack_fields(signs, 1)], -1)
 
 
@@ -61,7 +61,7 @@ def unpack(packed: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
         return np.where(packed & 0x80, packed ^ 0x7F, packed).astype(np.uint8)
     if bits != 3:
         return _unpack_fields(packed, bits, head_dim)
-    eighth = packed.shape[-1] // 3
-    low = _unpack_fields(packed[..., : 2 * eighth], 2, 8 * eighth)
-    signs = _unpack_fields(packed[..., 2 * eighth :], 1, 8 * eighth)[..., _sign_order(eighth)]
+    groups = packed.shape[-1] // 6
+    low = _unpack_fields(packed[..., : 4 * groups], 2, 16 * groups)
+    signs = _unpack_fields(packed[..., 4 * groups :], 1, 16 * groups)[..., _sign_positions(groups)]
     return (low | signs << 2)[..., :head_dim]
