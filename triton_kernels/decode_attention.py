@@ -1,0 +1,308 @@
+"""Attention of a few new tokens over compressed pages: split over tokens, then merged.
+
+Design: codes become int8 levels in registers and both products run on the integer matrix unit.
+Queries and softmax weights are carried as two int8 planes, hi + lo / 254, in columns that the unit
+would pad anyway. K is the left operand of K Q, V^T of V^T P.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from tqai_plugins.core.codebook import Codebook
+from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
+
+from . import device_tables
+from .merge import merge
+from .unpack import (
+    PLANES, four_key_planes_signed, four_planes, four_value_planes_signed, key_coordinate, load_levels, sign_byte,
+    two_planes, unpack_ptx,
+)
+from .workspace import Workspace
+
+TILE = 64  # tokens a step
+MAX_SPLITS = 128
+WARPS_PER_SM = 12  # resident one-warp programs a multiprocessor (registers decide)
+
+
+@triton.jit
+def _query_plane(planes, rows, plane, coordinate, valid, D: tl.constexpr):
+    """int8 [coordinates, columns]: columns alternate hi and lo of each row."""
+    inside = (coordinate < D)[:, None] & valid[None, :]
+    return tl.load(planes + (rows * 2 + plane)[None, :] * D + coordinate[:, None], mask=inside, other=0)
+
+
+@triton.jit
+def _add(acc, levels, weights, decay, worth):
+    """acc * decay + levels weights, float32 [coordinates, columns]."""
+    return acc * decay[None, :] + tl.dot(levels, weights, out_dtype=tl.int32).to(tl.float32) * worth
+
+
+@triton.jit
+def _store_rows(out, real, acc, half, inverse, coordinate, D: tl.constexpr, H: tl.constexpr):
+    hi, lo = tl.split(tl.reshape(acc, [acc.shape[0], H, 2]))
+    value = (hi + lo * (1.0 / 254) + half[None, :]) * inverse[None, :]
+    tl.store(out[None, :] + coordinate[:, None], value, mask=real[None, :] & (coordinate < D)[:, None])
+
+
+@triton.jit
+def _decode_kernel(
+    planes, q_scale, q_bias, pages, block_table, seq_lens, partial, lse, k_levels, v_levels,
+    table_stride, page_stride, head_stride, num_splits, window, soft_cap,
+    NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
+    K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
+    K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
+):
+    # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
+    NUM_KV_HEADS: tl.constexpr = NUM_Q_HEADS // GROUP
+    TILES_OF_ROWS: tl.constexpr = (GROUP * QUERY_LEN + H - 1) // H
+    C: tl.constexpr = 2 * H
+    sequence = tl.program_id(0)
+    head = tl.program_id(1) // TILES_OF_ROWS
+    first_row = (tl.program_id(1) % TILES_OF_ROWS) * H
+    split = tl.program_id(2)
+
+    length = tl.load(seq_lens + sequence)
+    r = first_row + tl.arange(0, H)
+    c = first_row + tl.arange(0, C) // 2
+    row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
+    column_row = (sequence * QUERY_LEN + c // GROUP) * NUM_Q_HEADS + head * GROUP + c % GROUP
+    real = r < GROUP * QUERY_LEN
+    real_column = c < GROUP * QUERY_LEN
+    plane = tl.arange(0, C) % 2
+    scale = tl.load(q_scale + row, mask=real, other=0.0)
+    bias = tl.load(q_bias + row, mask=real, other=0.0)
+    last_seen = length - QUERY_LEN + r // GROUP  # position of each row's query
+
+    tiles = tl.cdiv(length, TILE)
+    first_tile = 0
+    if WINDOW:
+        first_tile = tl.maximum(length - QUERY_LEN - window + 1, 0) // TILE
+    per_split = tl.cdiv(tiles - first_tile, num_splits)
+    start = first_tile + split * per_split
+    stop = tl.minimum(start + per_split, tiles)
+
+    n = tl.arange(0, TILE)
+    jk = tl.arange(0, KB)
+    jv = tl.arange(0, VB)
+    d = tl.arange(0, DP)
+    F_K: tl.constexpr = 1 if BITS_K == 8 or not USE_PTX else (2 if BITS_K == 4 else 4)
+    F_V: tl.constexpr = 1 if BITS_V == 8 or not USE_PTX else (2 if BITS_V == 4 else 4)
+    k_limit: tl.constexpr = D // F_K
+    v_limit: tl.constexpr = D // F_V
+    if F_K == 1:
+        q0 = _query_plane(planes, column_row, plane, jk, real_column, D)
+    else:
+        q0 = _query_plane(planes, column_row, plane, key_coordinate(0, jk, BITS_K), real_column, D)
+        q1 = _query_plane(planes, column_row, plane, key_coordinate(1, jk, BITS_K), real_column, D)
+    if F_K == 4:
+        q2 = _query_plane(planes, column_row, plane, key_coordinate(2, jk, BITS_K), real_column, D)
+        q3 = _query_plane(planes, column_row, plane, key_coordinate(3, jk, BITS_K), real_column, D)
+    m = tl.full([H], -1e30, tl.float32)
+    total = tl.zeros([H], tl.float32)
+    half = tl.zeros([H], tl.float32)
+    a0 = tl.zeros([VB, C], tl.float32)
+    if F_V >= 2:
+        a1 = tl.zeros([VB, C], tl.float32)
+    if F_V == 4:
+        a2 = tl.zeros([VB, C], tl.float32)
+        a3 = tl.zeros([VB, C], tl.float32)
+    lift = (tl.zeros([VB, TILE], tl.int8) + ((jv // 2) % 2)[:, None] * 2).to(tl.int8)
+
+    for tile in tl.range(start, stop, num_stages=STAGES):
+        token = tile * TILE + n
+        if PAGE == TILE:
+            page = pages + tl.load(block_table + sequence * table_stride + tile).to(tl.int64) * page_stride
+            page += head * head_stride
+            k_base = page + n * K_BYTES
+            v_base = page + V_CODES + n
+            scales = page + 2 * n
+        else:
+            inside = token < length
+            block = tl.load(block_table + sequence * table_stride + token // PAGE, mask=inside, other=0)
+            page = pages + block.to(tl.int64) * page_stride + head * head_stride
+            k_base = page + (token % PAGE) * K_BYTES
+            v_base = page + V_CODES + token % PAGE
+            scales = page + 2 * (token % PAGE)
+        k_mask = (jk < k_limit)[None, :]
+        v_mask = (jv < v_limit)[:, None]
+        if USE_PTX:
+            if k_limit == KB:
+                x = tl.load(k_base[:, None] + jk[None, :])
+            else:
+                x = tl.load(k_base[:, None] + jk[None, :], mask=k_mask, other=0)
+            if BITS_K == 3:
+                x_sign = tl.load(k_base[:, None] + (D // 4 + sign_byte(jk))[None, :], mask=k_mask, other=0)
+            if v_limit == VB:
+                z = tl.load(v_base[None, :] + jv[:, None] * PAGE)
+            else:
+                z = tl.load(v_base[None, :] + jv[:, None] * PAGE, mask=v_mask, other=0)
+            if BITS_V == 3:
+                z_sign = tl.load(v_base[None, :] + (D // 4 + sign_byte(jv))[:, None] * PAGE, mask=v_mask, other=0)
+        k_scale = tl.load((scales + K_SCALES).to(tl.pointer_type(tl.float16))).to(tl.float32)
+        v_scale = tl.load((scales + V_SCALES).to(tl.pointer_type(tl.float16))).to(tl.float32)
+
+        if F_K == 1:
+            if USE_PTX:
+                k0 = x.to(tl.int8, bitcast=True)
+            else:
+                k0 = load_levels(k_base[:, None], jk[None, :], 1, k_levels, k_mask, BITS_K, D)
+            s = tl.dot(k0, q0, out_dtype=tl.int32)
+        elif F_K == 2:
+            k0, k1 = two_planes(x, K_PTX)
+            s = tl.dot(k0, q0, out_dtype=tl.int32)
+            s = tl.dot(k1, q1, s, out_dtype=tl.int32)
+        else:
+            if BITS_K == 2:
+                k0, k1, k2, k3 = four_planes(x, K_PTX)
+            else:
+                k0, k1, k2, k3 = four_key_planes_signed(x, x_sign, K_PTX)
+            s = tl.dot(k0, q0, out_dtype=tl.int32)
+            s = tl.dot(k1, q1, s, out_dtype=tl.int32)
+            s = tl.dot(k2, q2, s, out_dtype=tl.int32)
+            s = tl.dot(k3, q3, s, out_dtype=tl.int32)
+        s_hi, s_lo = tl.split(tl.reshape(s, [TILE, H, 2]))
+        score = ((s_hi.to(tl.float32) + s_lo.to(tl.float32) * (1.0 / 254)) * scale[None, :] + bias[None, :]) * k_scale[:, None]
+        if SOFT_CAP:  # scores are in units of log 2
+            e = tl.exp2(score * (2.0 / soft_cap))
+            score = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (e + 1.0))
+        if QUERY_LEN == 1:
+            seen = (token < length)[:, None]
+        else:
+            seen = token[:, None] <= last_seen[None, :]
+        if WINDOW:
+            seen = seen & (token[:, None] > last_seen[None, :] - window)
+        score = tl.where(seen, score, float("-inf"))
+        v_scale = tl.where(token < length, v_scale, 0.0)
+
+        m_new = tl.maximum(m, tl.max(score, 0))
+        decay = tl.exp2(m - m_new)
+        p = tl.exp2(score - m_new[None, :])
+        total = total * decay + tl.sum(p, 0)
+        m = m_new
+        # Value scales ride on the weights, which then are rounded to two int8 planes.
+        v_top = tl.maximum(tl.max(v_scale, 0), 1e-20)
+        x_p = p * (v_scale * (127.0 / v_top))[:, None]
+        worth = v_top * (1.0 / 127)
+        half = half * decay + tl.sum(x_p, 0) * worth
+        hi = (x_p + 12582912.0) - 12582912.0
+        lo = ((x_p - hi) * 254.0 + 12582912.0) - 12582912.0
+        weights = tl.reshape(tl.join(hi, lo), [TILE, C]).to(tl.int8)
+        decay2 = tl.reshape(tl.join(decay, decay), [C])
+        if F_V == 1:
+            if USE_PTX:
+                v0 = z.to(tl.int8, bitcast=True)
+            else:
+                v0 = load_levels(v_base[None, :], jv[:, None], PAGE, v_levels, v_mask, BITS_V, D)
+            a0 = _add(a0, v0, weights, decay2, worth)
+        elif F_V == 2:
+            v0, v1 = two_planes(z, V_PTX)
+            a0 = _add(a0, v0, weights, decay2, worth)
+            a1 = _add(a1, v1, weights, decay2, worth)
+        else:
+            if BITS_V == 2:
+                v0, v1, v2, v3 = four_planes(z, V_PTX)
+            else:
+                v0, v1, v2, v3 = four_value_planes_signed(z, z_sign, lift, V_PTX)
+            a0 = _add(a0, v0, weights, decay2, worth)
+            a1 = _add(a1, v1, weights, decay2, worth)
+            a2 = _add(a2, v2, weights, decay2, worth)
+            a3 = _add(a3, v3, weights, decay2, worth)
+
+    out_row = row.to(tl.int64) * num_splits + split
+    inverse = 1.0 / tl.where(total == 0, 1.0, total)
+    half = half * 0.5
+    # Rows beyond the group are not stored: their column points nowhere.
+    out = partial + tl.where(real, out_row, 0) * D
+    inverse = tl.where(real, inverse, 0.0)
+    _store_rows(out, real, a0, half, inverse, jv * F_V, D, H)
+    if F_V >= 2:
+        _store_rows(out, real, a1, half, inverse, jv * F_V + 1, D, H)
+    if F_V == 4:
+        _store_rows(out, real, a2, half, inverse, jv * F_V + 2, D, H)
+        _store_rows(out, real, a3, half, inverse, jv * F_V + 3, D, H)
+    tl.store(lse + out_row, m + tl.log2(tl.where(total == 0, 1.0, total)) + tl.where(total == 0, -1e30, 0.0), mask=real)
+
+
+@functools.lru_cache(None)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def choose_splits(num_sequences: int, num_kv_heads: int, device: torch.device) -> int:
+    """Splits that fill the machine once with resident one-warp programs; a partial second wave loses."""
+    room = WARPS_PER_SM * _multiprocessors(device) // max(1, num_sequences * num_kv_heads)
+    return max(1, min(MAX_SPLITS, room))
+
+
+def max_partial_rows(max_sequences: int, num_q_heads: int, num_kv_heads: int, query_len: int, device) -> int:
+    """Rows of partial results that any batch up to max_sequences needs."""
+    most = max(n * choose_splits(n, num_kv_heads, device) for n in range(1, max_sequences + 1))
+    return most * num_q_heads * query_len
+
+
+def uses_ptx(device: torch.device) -> bool:
+    """Inline PTX runs on NVIDIA alone; elsewhere, and in the interpreter, codes are decoded by plain loads."""
+    return device.type == "cuda" and torch.version.cuda is not None
+
+
+def decode_attention(
+    workspace: Workspace,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    output: torch.Tensor,
+    fmt: KVFormat,
+    page_tokens: int,
+    *,
+    query_len: int = 1,
+    num_splits: int | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+    ptx: bool | None = None,
+    num_warps: int = 1,
+    stages: int = 1,
+) -> None:
+    """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. Two launches.
+
+    Queries lie in the workspace (see prepare), sequence by sequence. pages uint8 [num_pages, kv_heads,
+    page_bytes]; block_table int32 [sequences, >= pages of the longest]; seq_lens int32 [sequences],
+    stored tokens, the new ones included; output [sequences * query_len, q_heads, head_dim] in the
+    model's dtype. sinks float32 [q_heads]: logits without a value. lse float32 [sequences * query_len,
+    q_heads], filled with the natural log-sum-exp if given. A sequence of length 0 gets zeros.
+    """
+    num_sequences = seq_lens.shape[0]
+    num_q_heads, head_dim = output.shape[-2:]
+    num_kv_heads = pages.shape[1]
+    group = num_q_heads // num_kv_heads
+    device = pages.device
+    splits = num_splits or choose_splits(num_sequences, num_kv_heads, device)
+    ptx = uses_ptx(device) if ptx is None else ptx
+    rows = group * query_len
+    columns = min(16, max(4, triton.next_power_of_2(rows)))
+    padded = triton.next_power_of_2(head_dim)
+    layout = fmt.page_layout(page_tokens)
+    k_planes = PLANES[fmt.bits_k] if ptx else 1
+    v_planes = PLANES[fmt.bits_v] if ptx else 1
+    _decode_kernel[(num_sequences, num_kv_heads * triton.cdiv(rows, columns), splits)](
+        workspace.planes, workspace.q_scale, workspace.q_bias, pages, block_table, seq_lens,
+        workspace.partial, workspace.lse,
+        device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
+        block_table.stride(0), pages.stride(0), pages.stride(1), splits, sliding_window or 0, soft_cap or 0.0,
+        num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
+        fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
+        max(32, padded // k_planes), max(16, padded // v_planes),
+        unpack_ptx(Codebook.lloyd_max(head_dim, fmt.bits_k), by_token=True) if ptx else "",
+        unpack_ptx(Codebook.lloyd_max(head_dim, fmt.bits_v), by_token=False) if ptx else "", ptx,
+        sliding_window is not None, soft_cap is not None, stages,
+        num_warps=num_warps,
+    )
+    merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

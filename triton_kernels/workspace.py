@@ -1,0 +1,31 @@
+"""Scratch memory that the launches of a step share, allocated once so that CUDA graphs capture it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """planes int8 [tokens, q_heads, 2, head_dim], q_scale and q_bias float32 [tokens, q_heads]
+    from prepare; partial float32 and lse float32, flat, from decode_attention's splits."""
+
+    planes: torch.Tensor
+    q_scale: torch.Tensor
+    q_bias: torch.Tensor
+    partial: torch.Tensor
+    lse: torch.Tensor
+
+    @classmethod
+    def allocate(cls, num_tokens: int, num_q_heads: int, head_dim: int, max_rows: int, device) -> Workspace:
+        """num_tokens: most query tokens of a decode step. max_rows: most (query head, split) pairs,
+        see decode_attention.max_partial_rows."""
+        return cls(
+            torch.zeros(num_tokens, num_q_heads, 2, head_dim, dtype=torch.int8, device=device),
+            torch.zeros(num_tokens, num_q_heads, device=device),
+            torch.zeros(num_tokens, num_q_heads, device=device),
+            torch.zeros(max_rows * head_dim, device=device),
+            torch.zeros(max_rows, device=device),
+        )
