@@ -33,7 +33,7 @@ def _unpack_fields(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return np.packbits(ones.reshape(*packed.shape[:-1], count, bits), axis=-1, bitorder="little")[..., 0]
 
 
-def _sign_positions(groups: int) -> np.ndarray:
+def sign_positions(groups: int) -> np.ndarray:
     """Bit position in the sign plane of each of 16 * groups coordinates."""
     byte = 16 * np.arange(groups)[:, None, None, None] + 8 * np.arange(2)[None, None, :, None]
     return (byte + np.array(SIGN_BITS)[None, :, None, :]).ravel()
@@ -49,7 +49,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     groups = -(-head_dim // 16)
     codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 16 * groups - head_dim)])
     signs = np.zeros_like(codes)
-    signs[..., _sign_positions(groups)] = codes >> 2
+    signs[..., sign_positions(groups)] = codes >> 2
     return np.concatenate([_pack_fields(codes & 3, 2), _pack_fields(signs, 1)], -1)
 
 
@@ -63,5 +63,5 @@ def unpack(packed: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
         return _unpack_fields(packed, bits, head_dim)
     groups = packed.shape[-1] // 6
     low = _unpack_fields(packed[..., : 4 * groups], 2, 16 * groups)
-    signs = _unpack_fields(packed[..., 4 * groups :], 1, 16 * groups)[..., _sign_positions(groups)]
+    signs = _unpack_fields(packed[..., 4 * groups :], 1, 16 * groups)[..., sign_positions(groups)]
     return (low | signs << 2)[..., :head_dim]

@@ -1,0 +1,237 @@
+"""Quantize and dequantize in plain PyTorch on any device; the codes are core.reference's.
+
+Reading packed codes is one table look-up of up to 65,536 rows for each stored word: on a CPU that is
+several times faster than shifts and masks, and needs no temporary besides the word numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from ..core import bit_packing
+from ..core.codebook import SEARCH, TOP, Codebook
+from ..core.kv_format import SCALE_DENOMINATOR, packed_bytes
+from ..core.reference import INVALID, SCALES, SMALLEST_RMS, rotation_matrix
+from ..core.rotation import Rotation, block_norm
+
+TILE = 1 << 18  # coordinates quantized at a time: bounds the temporaries of a long prefill to some 20 MB
+
+
+@functools.lru_cache(None)
+def _signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
+    return torch.tensor(rotation.signs, dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(None)
+def matrix(rotation: Rotation, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """R [head_dim, head_dim] with rotate(x) = x @ R.T, up to rounding: one product instead of log2(head_dim) passes."""
+    return torch.tensor(rotation_matrix(rotation), dtype=dtype, device=device)
+
+
+def _hadamard(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
+    parts, start = [], 0
+    for size in rotation.blocks:
+        y = x[..., start : start + size]
+        stride = 1
+        while stride < size:
+            a, b = y.reshape(*y.shape[:-1], size // (2 * stride), 2, stride).unbind(-2)
+            y = torch.stack([a + b, a - b], -2).reshape(y.shape)
+            stride *= 2
+        parts.append(y * block_norm(size))
+        start += size
+    return torch.cat(parts, -1)
+
+
+def rotate(x: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
+    """Vectors [..., head_dim] -> R x in float32, bit for bit as the reference (Hadamard)."""
+    rotation = rotation or Rotation(x.shape[-1])
+    if rotation.kind == "haar":
+        return x.float() @ matrix(rotation, x.device).T
+    return _hadamard(x.float() * _signs(rotation, x.device), rotation)
+
+
+def rotate_back(y: torch.Tensor, rotation: Rotation | None = None) -> torch.Tensor:
+    """Vectors [..., head_dim] -> transpose(R) y in float32: the inverse of rotate."""
+    rotation = rotation or Rotation(y.shape[-1])
+    if rotation.kind == "haar":
+        return y.float() @ matrix(rotation, y.device)
+    return _hadamard(y.float(), rotation) * _signs(rotation, y.device)
+
+
+@functools.lru_cache(None)
+def _boundaries(codebook: Codebook, device: torch.device) -> torch.Tensor:
+    return torch.tensor(codebook.boundaries, dtype=torch.float32, device=device)
+
+
+def _encode(y: torch.Tensor, bits: int, scale: str, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """reference.encode for y float32 [vectors, head_dim], all grids of the search at once."""
+    codebook = Codebook.lloyd_max(y.shape[-1], bits)
+    boundaries = _boundaries(codebook, y.device)
+    magnitudes = _level_of(y.shape[-1], bits).to(y.device)
+    size = y.abs()
+    rms = (y * y).mean(-1).sqrt()
+    live = (rms > SMALLEST_RMS) & rms.isfinite()
+    if bits == 8:
+        # Divided by a tensor: CUDA multiplies by the reciprocal of a number.
+        grids = size.amax(-1, keepdim=True) / torch.tensor(TOP, device=y.device)
+    else:
+        multiples = torch.tensor(SEARCH if search else (1.0,), dtype=torch.float32, device=y.device)
+        grids = rms[:, None] * multiples * codebook.unit
+    grids = torch.where(live[:, None], grids, 1)
+    size = torch.where(live[:, None], size, 0)
+    tried = torch.bucketize(size[:, None] / grids[..., None], boundaries, out_int32=True)
+    level = magnitudes.index_select(0, tried.view(-1)).view(tried.shape)
+    along = torch.linalg.vecdot(level, size[:, None])
+    energy = torch.linalg.vecdot(level, level)
+    best = (along * along / energy).argmax(-1, keepdim=True)  # the first of equals
+    index = tried.gather(1, best[..., None].expand(-1, -1, y.shape[-1]))[:, 0]
+    if scale == "least_squares":
+        worth = along / energy
+    elif scale == "exact_norm":
+        worth = rms[:, None] * torch.sqrt(y.shape[-1] / energy)
+    else:
+        worth = grids
+    codes = index.to(torch.uint8) | (y < 0).to(torch.uint8) << (bits - 1)
+    worth = torch.where(live, worth.gather(1, best)[:, 0], torch.where(rms.isfinite(), 0.0, torch.nan))
+    return torch.where(live[:, None], codes, 0), worth
+
+
+def quantize(
+    x: torch.Tensor,
+    bits: int,
+    *,
+    rotation: Rotation | None = None,
+    scale: str = "least_squares",
+    search: bool = True,
+    on_invalid: str = "raise",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compress vectors x [..., head_dim], any floating dtype, to packed codes and one float16 scale each.
+
+    Returns uint8 [..., packed_bytes(head_dim, bits)] and float16 [...]. Zero, NaN, infinite and
+    too large vectors are treated, and ValueError is raised, as reference.quantize says;
+    on_invalid="flag" also spares a GPU the wait for the check.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale is {scale!r}; allowed are {', '.join(SCALES)}")
+    if on_invalid not in INVALID:
+        raise ValueError(f"on_invalid is {on_invalid!r}; allowed are {', '.join(INVALID)}")
+    head_dim = x.shape[-1]
+    flat = x.reshape(-1, head_dim)
+    packed = torch.empty(flat.shape[0], packed_bytes(head_dim, bits), dtype=torch.uint8, device=x.device)
+    scales = torch.empty(flat.shape[0], dtype=torch.float16, device=x.device)
+    rows = max(TILE // head_dim, 1)
+    for start in range(0, flat.shape[0], rows):
+        part = slice(start, start + rows)
+        codes, worth = _encode(rotate(flat[part], rotation), bits, scale, search)
+        scales[part] = (worth * SCALE_DENOMINATOR).to(torch.float16)
+        packed[part] = pack(torch.where(scales[part, None].isfinite(), codes, 0), bits)
+    bad = ~scales.isfinite()
+    if on_invalid == "raise" and bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} of {bad.numel()} vectors hold NaN, infinity or numbers too large for a float16 "
+            "scale; mend the input, or pass on_invalid='flag' to have them read back as NaN"
+        )
+    scales.masked_fill_(bad, torch.nan)
+    return packed.view(*x.shape[:-1], packed.shape[-1]), scales.view(x.shape[:-1])
+
+
+def _join(ones: torch.Tensor) -> torch.Tensor:
+    """Bits 0 or 1 [..., n] -> bytes, the first bit lowest: uint8 [..., ceil(n / 8)]."""
+    ones = torch.nn.functional.pad(ones, (0, -ones.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    return (ones << torch.arange(8, dtype=torch.uint8, device=ones.device)).sum(-1, dtype=torch.uint8)
+
+
+def _fields(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Little-endian string of bits-bit fields: uint8 [..., n] -> bytes."""
+    return _join((codes[..., None] >> torch.arange(bits, dtype=torch.uint8, device=codes.device) & 1).flatten(-2))
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes [..., head_dim] -> uint8 bytes [..., packed_bytes(head_dim, bits)], as core.bit_packing says."""
+    if bits == 8:
+        return torch.where(codes > 127, codes ^ 127, codes)
+    if bits != 3:
+        return _fields(codes, bits)
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % 16))
+    signs = torch.empty_like(codes)
+    signs[..., _sign_positions(codes.shape[-1] // 16, codes.device)] = codes >> 2
+    return torch.cat([_fields(codes & 3, 2), _join(signs)], -1)
+
+
+@functools.lru_cache(None)
+def _sign_positions(groups: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(bit_packing.sign_positions(groups)).to(device)
+
+
+@functools.lru_cache(None)
+def _word_table(head_dim: int, bits: int, word_bytes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The levels that each value of a stored word stands for: [256 ** word_bytes, levels a word]."""
+    words = np.arange(256**word_bytes, dtype=f"<u{word_bytes}").view(np.uint8).reshape(-1, word_bytes)
+    codes = torch.from_numpy(bit_packing.unpack(words, bits, 8 * word_bytes // bits))
+    return _level_of(head_dim, bits)[codes.long()].to(device, dtype)
+
+
+@functools.lru_cache(None)
+def _level_of(head_dim: int, bits: int) -> torch.Tensor:
+    """float32 level of each code, [2 ** bits]."""
+    magnitudes = torch.tensor(Codebook.lloyd_max(head_dim, bits).magnitudes)
+    return torch.cat([magnitudes, -magnitudes])
+
+
+@functools.lru_cache(None)
+def _three_bit_table(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 4 levels of a magnitude byte m below its signs, kept in the bits of SIGN_BITS[0]: row m + 256 * signs."""
+    row = np.arange(1 << 16)[:, None]
+    magnitude = row >> 2 * np.arange(4) & 3
+    sign = row >> 8 + np.array(bit_packing.SIGN_BITS[0]) & 1
+    return _level_of(head_dim, 3)[magnitude + 4 * sign].to(device, dtype)
+
+
+def levels(packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Packed codes [..., bytes] -> the codebook's levels [..., head_dim], without their scales.
+
+    Levels of the served widths are exact in float16 and bfloat16 too.
+    """
+    if bits == 8:
+        return packed.view(torch.int8).to(dtype) + 0.5
+    if bits == 3:
+        low, signs = packed.split([packed.shape[-1] * 2 // 3, packed.shape[-1] // 3], -1)
+        low, signs = low.unflatten(-1, (-1, 2, 2)).long(), signs.unflatten(-1, (-1, 1, 2)).int()
+        shifted = torch.cat([signs & 0xCC, (signs & 0x33) << 2], -2)
+        row, table = (low + (shifted << 8)).flatten(-3), _three_bit_table(head_dim, dtype, packed.device)
+    elif 8 % bits == 0:
+        word_bytes = 2 - packed.shape[-1] % 2
+        row = packed.view(torch.uint16) if word_bytes == 2 else packed
+        row, table = row.long(), _word_table(head_dim, bits, word_bytes, dtype, packed.device)
+    else:
+        at = torch.arange(head_dim, device=packed.device) * bits
+        pair = torch.nn.functional.pad(packed, (0, 1)).int()  # a code lies in two neighbouring bytes
+        row = (pair[..., at // 8] | pair[..., at // 8 + 1] << 8) >> at % 8 & (1 << bits) - 1
+        table = _level_of(head_dim, bits).to(packed.device, dtype)[:, None]
+    found = table.index_select(0, row.flatten())
+    return found.view(*packed.shape[:-1], row.shape[-1] * table.shape[1])[..., :head_dim]
+
+
+def dequantize_rotated(
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """Packed codes [..., bytes] and float16 scales [...] -> vectors [..., head_dim] in the rotated basis."""
+    worth = (scales.float() / SCALE_DENOMINATOR)[..., None]
+    return (levels(packed, bits, head_dim) * worth).to(dtype)
+
+
+def dequantize(
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    bits: int,
+    head_dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    rotation: Rotation | None = None,
+) -> torch.Tensor:
+    """The inverse of quantize: [..., head_dim] in dtype."""
+    rotation = rotation or Rotation(head_dim)
+    return rotate_back(dequantize_rotated(packed, scales, bits, head_dim), rotation).to(dtype)
