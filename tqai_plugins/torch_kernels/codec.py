@@ -20,12 +20,17 @@ from ..core.rotation import Rotation, block_norm
 TILE = 1 << 18  # coordinates quantized at a time: bounds the temporaries of a long prefill to some 20 MB
 
 
-@functools.lru_cache(None)
+def _constant(make):
+    """Make a table once for each set of arguments, fit for autograd even if inference mode asked first."""
+    return functools.lru_cache(None)(torch.inference_mode(False)(make))
+
+
+@_constant
 def _signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
     return torch.tensor(rotation.signs, dtype=torch.float32, device=device)
 
 
-@functools.lru_cache(None)
+@_constant
 def matrix(rotation: Rotation, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """R [head_dim, head_dim] with rotate(x) = x @ R.T, up to rounding: one product instead of log2(head_dim) passes."""
     return torch.tensor(rotation_matrix(rotation), dtype=dtype, device=device)
@@ -61,7 +66,7 @@ def rotate_back(y: torch.Tensor, rotation: Rotation | None = None) -> torch.Tens
     return _hadamard(y.float(), rotation) * _signs(rotation, y.device)
 
 
-@functools.lru_cache(None)
+@_constant
 def _boundaries(codebook: Codebook, device: torch.device) -> torch.Tensor:
     return torch.tensor(codebook.boundaries, dtype=torch.float32, device=device)
 
@@ -89,14 +94,14 @@ def _encode(y: torch.Tensor, bits: int, scale: str, search: bool) -> tuple[torch
     best = (along * along / energy).argmax(-1, keepdim=True)  # the first of equals
     index = tried.gather(1, best[..., None].expand(-1, -1, y.shape[-1]))[:, 0]
     if scale == "least_squares":
-        worth = along / energy
+        step = along / energy
     elif scale == "exact_norm":
-        worth = rms[:, None] * torch.sqrt(y.shape[-1] / energy)
+        step = rms[:, None] * torch.sqrt(y.shape[-1] / energy)
     else:
-        worth = grids
+        step = grids
     codes = index.to(torch.uint8) | (y < 0).to(torch.uint8) << (bits - 1)
-    worth = torch.where(live, worth.gather(1, best)[:, 0], torch.where(rms.isfinite(), 0.0, torch.nan))
-    return torch.where(live[:, None], codes, 0), worth
+    step = torch.where(live, step.gather(1, best)[:, 0], torch.where(rms.isfinite(), 0.0, torch.nan))
+    return torch.where(live[:, None], codes, 0), step
 
 
 def quantize(
@@ -125,8 +130,8 @@ def quantize(
     rows = max(TILE // head_dim, 1)
     for start in range(0, flat.shape[0], rows):
         part = slice(start, start + rows)
-        codes, worth = _encode(rotate(flat[part], rotation), bits, scale, search)
-        scales[part] = (worth * SCALE_DENOMINATOR).to(torch.float16)
+        codes, step = _encode(rotate(flat[part], rotation), bits, scale, search)
+        scales[part] = (step * SCALE_DENOMINATOR).to(torch.float16)
         packed[part] = pack(torch.where(scales[part, None].isfinite(), codes, 0), bits)
     bad = ~scales.isfinite()
     if on_invalid == "raise" and bad.any():
@@ -161,12 +166,12 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([_fields(codes & 3, 2), _join(signs)], -1)
 
 
-@functools.lru_cache(None)
+@_constant
 def _sign_positions(groups: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(bit_packing.sign_positions(groups)).to(device)
 
 
-@functools.lru_cache(None)
+@_constant
 def _word_table(head_dim: int, bits: int, word_bytes: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The levels that each value of a stored word stands for: [256 ** word_bytes, levels a word]."""
     words = np.arange(256**word_bytes, dtype=f"<u{word_bytes}").view(np.uint8).reshape(-1, word_bytes)
@@ -174,14 +179,14 @@ def _word_table(head_dim: int, bits: int, word_bytes: int, dtype: torch.dtype, d
     return _level_of(head_dim, bits)[codes.long()].to(device, dtype)
 
 
-@functools.lru_cache(None)
+@_constant
 def _level_of(head_dim: int, bits: int) -> torch.Tensor:
     """float32 level of each code, [2 ** bits]."""
     magnitudes = torch.tensor(Codebook.lloyd_max(head_dim, bits).magnitudes)
     return torch.cat([magnitudes, -magnitudes])
 
 
-@functools.lru_cache(None)
+@_constant
 def _three_bit_table(head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The 4 levels of a magnitude byte m below its signs, kept in the bits of SIGN_BITS[0]: row m + 256 * signs."""
     row = np.arange(1 << 16)[:, None]
@@ -215,12 +220,16 @@ def levels(packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = 
     return found.view(*packed.shape[:-1], row.shape[-1] * table.shape[1])[..., :head_dim]
 
 
+def worth(scales: torch.Tensor) -> torch.Tensor:
+    """What a level of 1 is worth under each float16 scale, float32."""
+    return scales.float() / SCALE_DENOMINATOR
+
+
 def dequantize_rotated(
     packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Packed codes [..., bytes] and float16 scales [...] -> vectors [..., head_dim] in the rotated basis."""
-    worth = (scales.float() / SCALE_DENOMINATOR)[..., None]
-    return (levels(packed, bits, head_dim) * worth).to(dtype)
+    return (levels(packed, bits, head_dim) * worth(scales)[..., None]).to(dtype)
 
 
 def dequantize(

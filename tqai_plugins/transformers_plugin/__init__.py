@@ -1,0 +1,5 @@
+"""tqai for Hugging Face transformers."""
+
+from .kv_cache import Cache, CacheOptions
+
+__all__ = ["Cache", "CacheOptions"]

@@ -1,0 +1,203 @@
+"""TurboQuant KV cache for transformers 5: pass it to generate() as past_key_values."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+
+import torch
+from transformers.cache_utils import Cache as TransformersCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..core.kv_format import DEFAULT_BITS, check_width
+from .stored_states import StoredStates
+from .vector_store import Counts, Snapshot, VectorStore
+
+STRATEGIES = ("auto", "residual", "full", "incremental")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What a cache is made of. Every value is checked; ValueError says what is allowed.
+
+    cache_strategy:
+        residual (what auto means)  the last `residual_window` tokens and the first `sink_tokens` are exact,
+                                    the rest are codes. New tokens are coded, in blocks, as they leave the window.
+        full                        codes for all tokens but the sinks, the newest included.
+        incremental                 as full, and a dequantized copy of everything beside the codes:
+                                    the speed of an uncompressed cache, and more memory than one.
+    sink_tokens: default 4 with residual, else 0.
+    backend: torch is the only one for a transformers model. device: the model's, which is the default.
+    use_qjl, qjl_sketch_size: the paper's second stage; refused, since it makes answers worse (see core.qjl).
+    """
+
+    bits_k: int = DEFAULT_BITS[0]
+    bits_v: int = DEFAULT_BITS[1]
+    sink_tokens: int | None = None
+    backend: str | None = None
+    device: str | torch.device | None = None
+    use_qjl: bool = False
+    qjl_sketch_size: int = 64
+    cache_strategy: str = "auto"
+    residual_window: int = 128
+
+    def __post_init__(self) -> None:
+        check_width("bits_k", self.bits_k)
+        check_width("bits_v", self.bits_v)
+        if self.sink_tokens is not None:
+            _check_count("sink_tokens", self.sink_tokens, 0)
+        _check_count("residual_window", self.residual_window, 0)
+        _check_count("qjl_sketch_size", self.qjl_sketch_size, 1)
+        if self.cache_strategy not in STRATEGIES:
+            raise ValueError(f"cache_strategy is {self.cache_strategy!r}; allowed are {', '.join(STRATEGIES)}")
+        if self.backend not in (None, "auto", "torch"):
+            raise ValueError(f"backend is {self.backend!r}; a transformers model takes 'torch' or 'auto'")
+        if self.use_qjl is not False:
+            raise ValueError(
+                f"use_qjl is {self.use_qjl!r}; only False is allowed: with its sketch the same bytes were measured "
+                "to answer worse at every width, so the cache has no QJL stage; raise bits_k instead"
+            )
+
+    @classmethod
+    def of(cls, **given) -> CacheOptions:
+        """The same from keyword arguments; ValueError for a name that does not exist."""
+        allowed = [field.name for field in fields(cls)]
+        unknown = [name for name in given if name not in allowed]
+        if unknown:
+            raise ValueError(f"unknown option {unknown[0]!r}; allowed are {', '.join(allowed)}")
+        return cls(**given)
+
+    @property
+    def window(self) -> int:
+        return self.residual_window if self.cache_strategy in ("auto", "residual") else 0
+
+    @property
+    def sinks(self) -> int:
+        default = 4 if self.cache_strategy in ("auto", "residual") else 0
+        return default if self.sink_tokens is None else self.sink_tokens
+
+
+def _check_count(name: str, value: int, lowest: int) -> None:
+    if type(value) is not int or value < lowest:
+        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {lowest}")
+
+
+class CompressedLayer(DynamicLayer):
+    """One attention layer. Stored states are detached: no gradient flows through the cache."""
+
+    def __init__(self, options: CacheOptions, counts: Counts):
+        super().__init__()
+        self.options, self.counts = options, counts
+        self.stores: tuple[VectorStore, ...] = ()
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        if self.options.device is not None and torch.device(self.options.device).type != self.device.type:
+            raise ValueError(
+                f"device is {str(self.options.device)!r} but the model is on {str(self.device)!r}; "
+                "the cache lies where the model is: move the model, or leave device out"
+            )
+        keep_dense = self.options.cache_strategy == "incremental"
+        self.stores = tuple(
+            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts)
+            for states, bits in ((key_states, self.options.bits_k), (value_states, self.options.bits_v))
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Store the new tokens; returns all keys and values, as StoredStates where some are codes."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        seen = (store.append(states) for store, states in zip(self.stores, (key_states, value_states)))
+        return tuple(StoredStates(states) if isinstance(states, Snapshot) else states for states in seen)
+
+    def get_seq_length(self) -> int:
+        return self.stores[0].length if self.stores else 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget -tokens_to_remove tokens, as DynamicLayer does. Tokens that are codes by then stay codes."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}) is not supported; give minus the number of tokens to remove")
+        for store in self.stores:
+            store.crop(-tokens_to_remove)
+
+    def _change(self, function) -> None:
+        for store in self.stores:
+            for buffer in store.buffers:
+                buffer.change(function)
+
+    def offload(self) -> None:
+        self._change(lambda data: data.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._change(lambda data: data.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        self.stores, self.is_initialized = (), False
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._change(lambda data: data.index_select(0, beam_idx.to(data.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda data: data.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._change(lambda data: data[indices.to(data.device)])
+
+
+class Cache(TransformersCache):
+    """A compressed cache for one request (or batch, or conversation) with a model of this config.
+
+    Full-attention layers are compressed; sliding-window and linear layers, already bounded, are the
+    library's own. Use a new Cache, or reset(), for the next request. Options: see CacheOptions.
+    Raises ValueError for encoder-decoder models, and for models without a full-attention layer.
+    """
+
+    def __init__(self, config, **options):
+        self.options = CacheOptions.of(**options)
+        self.counts = Counts()
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(f"{config.model_type} is an encoder-decoder model; tqai compresses decoder-only models")
+        layers = DynamicCache(config=config).layers
+        # Subclasses of DynamicLayer hold more than keys and values, or drop old ones by themselves.
+        layers = [CompressedLayer(self.options, self.counts) if type(x) is DynamicLayer else x for x in layers]
+        if not any(isinstance(layer, CompressedLayer) for layer in layers):
+            kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
+            raise ValueError(f"{config.model_type} has no full-attention layer to compress, only {kinds}")
+        if self.options.cache_strategy == "incremental":
+            warnings.warn(
+                "cache_strategy='incremental' keeps a dequantized copy of the cache besides the codes, so it saves no "
+                "memory; use 'residual'",
+                stacklevel=2,
+            )
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all storage that the cache holds: codes, scales, exact tokens, spare room, other layers' states."""
+        return sum({s.data_ptr(): s.nbytes() for layer in self.layers for s in _storages(vars(layer))}.values())
+
+    @property
+    def vectors_quantized(self) -> int:
+        """Vectors turned into codes so far."""
+        return self.counts.quantized
+
+    @property
+    def vectors_dequantized(self) -> int:
+        """Vectors read back from codes so far, each time counted."""
+        return self.counts.dequantized
+
+    def __repr__(self) -> str:
+        compressed = sum(isinstance(layer, CompressedLayer) for layer in self.layers)
+        return f"tqai.Cache({compressed} of {len(self.layers)} layers compressed, {self.options})"
+
+
+def _storages(held):
+    if isinstance(held, torch.Tensor):
+        yield held.untyped_storage()
+    elif isinstance(held, (list, tuple, dict)):
+        for item in held.values() if isinstance(held, dict) else held:
+            yield from _storages(item)
+    elif isinstance(held, VectorStore):
+        for buffer in held.buffers:
+            yield buffer.data.untyped_storage()
