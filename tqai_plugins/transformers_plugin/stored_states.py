@@ -7,6 +7,7 @@ import functools
 import torch
 from torch.utils import _pytree as pytree
 
+from ..core.kv_format import SCALE_DENOMINATOR
 from ..core.rotation import Rotation
 from ..torch_kernels import codec
 from .vector_store import Snapshot
@@ -26,8 +27,8 @@ class StoredStates(torch.Tensor):
 
     @staticmethod
     def __new__(cls, snapshot: Snapshot):
-        recent = snapshot.recent
-        self = torch.Tensor._make_wrapper_subclass(cls, snapshot.shape, dtype=recent.dtype, device=recent.device)
+        exact = snapshot.exact
+        self = torch.Tensor._make_wrapper_subclass(cls, snapshot.shape, dtype=exact.dtype, device=exact.device)
         self.snapshot = snapshot
         return self
 
@@ -69,37 +70,41 @@ def _attention(
     kv_heads = key.shape[1]
     if key.shape[0] != batch or heads % kv_heads or heads // kv_heads * rows > MAX_ROWS:
         return None
-    mask = attn_mask
-    if mask is not None:
-        mask = mask.expand(batch, heads, rows, key.shape[2]).reshape(batch, kv_heads, -1, key.shape[2])
-    grouped = query.reshape(batch, kv_heads, -1, query.shape[3])
     scale = query.shape[3] ** -0.5 if scale is None else scale
-    weights = _weights(grouped.float() * scale, key.snapshot, mask)
-    return _weighted_sum(weights, value.snapshot).to(query.dtype).view(batch, heads, rows, value.shape[3])
+    grouped = query.reshape(batch, kv_heads, -1, query.shape[3]).float() * scale
+    scores = _scores(grouped, key.snapshot)
+    if attn_mask is not None:
+        mask = attn_mask.expand(batch, heads, rows, key.shape[2]).reshape(scores.shape)
+        scores = _mask(scores, _exact_first(mask, key.snapshot))
+    out = _weighted_sum(scores.softmax(-1), value.snapshot)
+    return out.to(query.dtype).view(batch, heads, rows, value.shape[3])
 
 
-def _weights(query: torch.Tensor, keys: Snapshot, mask: torch.Tensor | None) -> torch.Tensor:
-    """softmax(query keys) [batch, kv_heads, rows, tokens] in float32; the query is rotated, not the keys."""
-    scores = query.new_empty(*query.shape[:3], keys.shape[2])
-    first, last = keys.sinks.shape[2], keys.shape[2] - keys.recent.shape[2]
-    scores[..., :first] = query @ keys.sinks.mT.float()
-    scores[..., last:] = query @ keys.recent.mT.float()
-    turned = query @ codec.matrix(Rotation(query.shape[3]), query.device).T
-    for part, levels, worth in keys.tiles():
-        scores[..., first:last][..., part] = turned @ levels.mT * worth[:, :, None]
-    if mask is None:
-        return scores.softmax(-1)
+def _scores(query: torch.Tensor, keys: Snapshot) -> torch.Tensor:
+    """query keys^T [batch, kv_heads, rows, tokens], the exact tokens first; the query is rotated, not the keys."""
+    turned = query @ codec.matrix(Rotation(query.shape[3]), query.device).T / SCALE_DENOMINATOR
+    coded = [turned @ levels.mT * scales[:, :, None] for _, levels, scales in keys.tiles()]
+    return torch.cat([query @ keys.exact.mT.float(), *coded], -1)
+
+
+def _exact_first(mask: torch.Tensor, keys: Snapshot) -> torch.Tensor:
+    sizes = [keys.sinks, keys.codes.shape[2], keys.exact.shape[2] - keys.sinks]
+    sinks, coded, recent = mask.split(sizes, -1)
+    return torch.cat([sinks, recent, coded], -1)
+
+
+def _mask(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
-        return (scores + mask).softmax(-1)
-    # A row that sees nothing (left padding) becomes zeros, as in PyTorch's own attention.
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask.any(-1, keepdim=True), 0)
+        return scores + mask
+    # A row that sees nothing (left padding) has nobody to read it; any finite number will do.
+    return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
 
 
 def _weighted_sum(weights: torch.Tensor, values: Snapshot) -> torch.Tensor:
-    """weights [batch, kv_heads, rows, tokens] times values; the sum over codes is rotated back once."""
-    first, last = values.sinks.shape[2], values.shape[2] - values.recent.shape[2]
-    turned = weights.new_zeros(*weights.shape[:3], values.shape[3])
-    for part, levels, worth in values.tiles():
-        turned += weights[..., first:last][..., part] * worth[:, :, None] @ levels
-    out = turned @ codec.matrix(Rotation(values.shape[3]), weights.device)
-    return out + weights[..., :first] @ values.sinks.float() + weights[..., last:] @ values.recent.float()
+    """weights [batch, kv_heads, rows, tokens] times values; what comes from codes is rotated back once."""
+    exact, coded = weights.split([values.exact.shape[2], values.codes.shape[2]], -1)
+    out = exact @ values.exact.float()
+    turned = sum(coded[..., part] * scales[:, :, None] @ levels for part, levels, scales in values.tiles())
+    if isinstance(turned, torch.Tensor):
+        out += turned @ codec.matrix(Rotation(values.shape[3]), out.device) / SCALE_DENOMINATOR
+    return out

@@ -56,67 +56,62 @@ class TokenBuffer:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All tokens of a store at one moment: sinks and recent [batch, heads, tokens, head_dim], codes between them."""
+    """All tokens of a store at one moment: the first `sinks` exact ones, the coded ones, the other exact ones."""
 
-    sinks: torch.Tensor
+    exact: torch.Tensor
     codes: torch.Tensor
     scales: torch.Tensor
-    recent: torch.Tensor
+    sinks: int
     bits: int
     counts: Counts
 
     @property
     def shape(self) -> torch.Size:
-        batch, heads, count, head_dim = self.recent.shape
-        return torch.Size([batch, heads, count + self.codes.shape[2] + self.sinks.shape[2], head_dim])
+        batch, heads, count, head_dim = self.exact.shape
+        return torch.Size([batch, heads, count + self.codes.shape[2], head_dim])
 
     def tiles(self):
-        """Slices of the coded tokens with their float32 levels and worths, a bounded number at a time."""
-        batch, heads, _, head_dim = self.recent.shape
+        """Slices of the coded tokens with their float32 levels and float16 scales, a bounded number at a time."""
+        batch, heads, _, head_dim = self.exact.shape
         step = max(TILE // (batch * heads * head_dim), BLOCK)
         for start in range(0, self.codes.shape[2], step):
             part = slice(start, start + step)
             scales = self.scales[:, :, part]
             self.counts.dequantized += scales.numel()
-            levels = codec.levels(self.codes[:, :, part], self.bits, head_dim)
-            yield part, levels, codec.worth(scales)
+            yield part, codec.levels(self.codes[:, :, part], self.bits, head_dim), scales
 
     def dense(self) -> torch.Tensor:
         """[batch, heads, tokens, head_dim] in the model's dtype and basis."""
-        if not self.codes.shape[2]:
-            return torch.cat([self.sinks, self.recent], 2) if self.sinks.shape[2] else self.recent
-        out = self.recent.new_empty(self.shape)
-        first, last = self.sinks.shape[2], self.shape[2] - self.recent.shape[2]
-        out[:, :, :first], out[:, :, last:] = self.sinks, self.recent
+        out = self.exact.new_empty(self.shape)
+        coded = out[:, :, self.sinks : self.sinks + self.codes.shape[2]]
+        out[:, :, : self.sinks] = self.exact[:, :, : self.sinks]
+        out[:, :, self.sinks + self.codes.shape[2] :] = self.exact[:, :, self.sinks :]
         matrix = codec.matrix(Rotation(self.shape[3]), self.codes.device)
-        for part, levels, worth in self.tiles():
-            out[:, :, first:last][:, :, part] = levels @ matrix * worth[..., None]
+        for part, levels, scales in self.tiles():
+            coded[:, :, part] = levels @ matrix * codec.worth(scales)[..., None]
         return out
 
 
 class VectorStore:
-    """Keys or values of one layer. Tokens enter the exact window, and leave it, in order, as codes."""
+    """Keys or values of one layer: exact first tokens, codes, exact last tokens, which turn to codes in order."""
 
     def __init__(self, first: torch.Tensor, bits: int, sink_tokens: int, window: int, keep_dense: bool, counts: Counts):
         none = first.detach()[:, :, :0]
         codes, scales = codec.quantize(none, bits)
-        self.bits, self.sink_tokens, self.window, self.counts = bits, sink_tokens, window, counts
-        self.sinks = TokenBuffer(none, sink_tokens)
+        self.bits, self.window, self.sink_tokens, self.counts = bits, window, sink_tokens, counts
+        # Room for all exact tokens there can be between two calls.
+        self.exact_capacity = sink_tokens + (window + BLOCK if window else 0)
+        self.exact = TokenBuffer(none, self.exact_capacity)
         self.codes, self.scales = TokenBuffer(codes), TokenBuffer(scales)
-        self.recent = self._window(none)
         self.dense = TokenBuffer(none) if keep_dense else None
-
-    def _window(self, tokens: torch.Tensor) -> TokenBuffer:
-        return TokenBuffer(tokens, self.window + BLOCK if self.window else 0)
 
     @property
     def buffers(self) -> list[TokenBuffer]:
-        every = [self.sinks, self.codes, self.scales, self.recent, self.dense]
-        return [buffer for buffer in every if buffer is not None]
+        return [self.exact, self.codes, self.scales] + ([self.dense] if self.dense is not None else [])
 
     @property
     def length(self) -> int:
-        return self.sinks.length + self.codes.length + self.recent.length
+        return self.exact.length + self.codes.length
 
     def append(self, new: torch.Tensor) -> Snapshot | torch.Tensor:
         """Store new tokens [batch, heads, new, head_dim] and return all that attention shall see.
@@ -125,15 +120,10 @@ class VectorStore:
         as codes at once.
         """
         before = self.length
-        tokens = new.detach()
-        if self.sinks.length == before:
-            count = self.sink_tokens - before
-            self.sinks.append(tokens[:, :, :count])
-            tokens = tokens[:, :, count:]
-        self.recent.append(tokens)
+        self.exact.append(new.detach())
         if self.window:
             seen = self.snapshot() if before else new
-            if self.recent.length >= self.window + BLOCK:
+            if self.exact.length >= self.exact_capacity:
                 self._encode_oldest()
             return seen
         self._encode_oldest()
@@ -143,26 +133,30 @@ class VectorStore:
         return self.dense.tokens
 
     def _encode_oldest(self) -> None:
-        count = self.recent.length - self.window
-        codes, scales = codec.quantize(self.recent.tokens[:, :, :count], self.bits)
+        exact, first = self.exact.tokens, self.sink_tokens
+        last = max(exact.shape[2] - self.window, first)
+        codes, scales = codec.quantize(exact[:, :, first:last], self.bits)
         self.counts.quantized += scales.numel()
         self.codes.append(codes)
         self.scales.append(scales)
         # A new buffer, since a snapshot may still look at the old one.
-        self.recent = self._window(self.recent.tokens[:, :, count:])
+        self.exact = TokenBuffer(exact[:, :, :first], self.exact_capacity)
+        self.exact.append(exact[:, :, last:])
 
     def snapshot(self, start: int = 0) -> Snapshot:
         """The tokens from position `start` on, which lies before the exact window."""
-        coded = max(start - self.sinks.length, 0)
-        parts = self.sinks.tokens[:, :, start:], self.codes.tokens[:, :, coded:], self.scales.tokens[:, :, coded:]
-        return Snapshot(*parts, self.recent.tokens, self.bits, self.counts)
+        sinks = min(self.sink_tokens, self.exact.length)
+        coded = max(start - sinks, 0)
+        exact, codes, scales = self.exact.tokens, self.codes.tokens, self.scales.tokens
+        if start:
+            exact, codes, scales = exact[:, :, min(start, sinks) :], codes[:, :, coded:], scales[:, :, coded:]
+        return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts)
 
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens. The window refills with the tokens that follow."""
         keep = max(self.length - count, 0)
+        coded = max(min(self.codes.length, keep - self.sink_tokens), 0)
+        self.codes.length = self.scales.length = coded
+        self.exact.length = keep - coded
         if self.dense is not None:
             self.dense.length = keep
-        self.sinks.length, keep = min(self.sinks.length, keep), keep - min(self.sinks.length, keep)
-        self.codes.length, keep = min(self.codes.length, keep), keep - min(self.codes.length, keep)
-        self.scales.length = self.codes.length
-        self.recent.length = keep
