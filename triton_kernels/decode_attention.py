@@ -12,14 +12,12 @@ import functools
 import torch
 import triton
 import triton.language as tl
-from tqai_plugins.core.codebook import Codebook
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
 from .merge import merge
 from .unpack import (
-    PLANES, four_key_planes_signed, four_planes, four_value_planes_signed, key_coordinate, load_levels, sign_byte,
-    two_planes, unpack_ptx,
+    PLANES, four_planes, four_planes_signed, key_coordinate, load_levels, sign_byte, sign_plane, two_planes, unpack_ptx,
 )
 from .workspace import Workspace
 
@@ -36,21 +34,77 @@ def _query_plane(planes, rows, plane, coordinate, valid, D: tl.constexpr):
 
 
 @triton.jit
-def _add(acc, levels, weights, decay, worth):
-    """acc * decay + levels weights, float32 [coordinates, columns]."""
-    return acc * decay[None, :] + tl.dot(levels, weights, out_dtype=tl.int32).to(tl.float32) * worth
+def _rescale(acc, factor):
+    """Integer sums under a new unit: a rounding of half a unit, 1 / 64516 of the largest weight."""
+    return (acc.to(tl.float32) * factor[None, :]).to(tl.int32)
+
+
+@triton.jit
+def _low_byte(x):
+    """The nearest whole number to x, |x| < 128, as int8: adding 1.5 * 2^23 leaves it in the low byte."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def _permute_table(levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    words = levels.to(tl.pointer_type(tl.int32)) + tl.zeros([1, 1], tl.int32)
+    return tl.broadcast_to(tl.load(words), [ROWS, COLUMNS]), tl.broadcast_to(tl.load(words + 1), [ROWS, COLUMNS])
 
 
 @triton.jit
 def _store_rows(out, real, acc, half, inverse, coordinate, D: tl.constexpr, H: tl.constexpr):
     hi, lo = tl.split(tl.reshape(acc, [acc.shape[0], H, 2]))
-    value = (hi + lo * (1.0 / 254) + half[None, :]) * inverse[None, :]
+    value = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254) + 0.5 * half[None, :]) * inverse[None, :]
     tl.store(out[None, :] + coordinate[:, None], value, mask=real[None, :] & (coordinate < D)[:, None])
 
 
 @triton.jit
+def _load_tile(
+    pages, table, head_offset, tile, length, page_stride, k_levels, v_levels,
+    D: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_CODES: tl.constexpr,
+    K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
+    KB: tl.constexpr, VB: tl.constexpr, F_K: tl.constexpr, F_V: tl.constexpr, USE_PTX: tl.constexpr,
+):
+    """Codes and scales of TILE tokens: keys [TILE, KB], values [VB, TILE], 3-bit signs beside each
+    (else the codes again), scales [TILE]. Without PTX the codes come as int8 levels, a coordinate a byte."""
+    n = tl.arange(0, TILE)
+    jk = tl.arange(0, KB)[None, :]
+    jv = tl.arange(0, VB)[:, None]
+    if PAGE == TILE:
+        page = pages + tl.load(table + tile).to(tl.int64) * page_stride + head_offset
+        in_page = n
+    else:
+        token = tile * TILE + n
+        block = tl.load(table + token // PAGE, mask=token < length, other=0)
+        page = pages + block.to(tl.int64) * page_stride + head_offset
+        in_page = token % PAGE
+    k_base = (page + in_page * K_BYTES)[:, None]
+    v_base = (page + V_CODES + in_page)[None, :]
+    # Rows beyond the codes are padding of the tile; a mask that is always true costs nothing.
+    k_mask = jk < D // F_K
+    v_mask = jv < D // F_V
+    if USE_PTX:
+        x = tl.load(k_base + jk, mask=k_mask, other=0)
+        z = tl.load(v_base + jv * PAGE, mask=v_mask, other=0)
+        x_sign = x
+        z_sign = z
+        if BITS_K == 3:
+            x_sign = tl.load(k_base + sign_plane(D) + sign_byte(jk), mask=k_mask, other=0)
+        if BITS_V == 3:
+            z_sign = tl.load(v_base + (sign_plane(D) + sign_byte(jv)) * PAGE, mask=v_mask, other=0)
+    else:
+        x = load_levels(k_base, jk, 1, k_levels, k_mask, BITS_K, D)
+        z = load_levels(v_base, jv, PAGE, v_levels, v_mask, BITS_V, D)
+        x_sign = x
+        z_sign = z
+    k_scale = tl.load((page + K_SCALES + 2 * in_page).to(tl.pointer_type(tl.float16)))
+    v_scale = tl.load((page + V_SCALES + 2 * in_page).to(tl.pointer_type(tl.float16)))
+    return x, x_sign, z, z_sign, k_scale, v_scale
+
+
+@triton.jit
 def _decode_kernel(
-    planes, q_scale, q_bias, pages, block_table, seq_lens, partial, lse, k_levels, v_levels,
+    planes, q_scale, q_bias, pages, block_table, seq_lens, partial, lse, k_levels, v_levels, lifts,
     table_stride, page_stride, head_stride, num_splits, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
@@ -91,11 +145,8 @@ def _decode_kernel(
     n = tl.arange(0, TILE)
     jk = tl.arange(0, KB)
     jv = tl.arange(0, VB)
-    d = tl.arange(0, DP)
     F_K: tl.constexpr = 1 if BITS_K == 8 or not USE_PTX else (2 if BITS_K == 4 else 4)
     F_V: tl.constexpr = 1 if BITS_V == 8 or not USE_PTX else (2 if BITS_V == 4 else 4)
-    k_limit: tl.constexpr = D // F_K
-    v_limit: tl.constexpr = D // F_V
     if F_K == 1:
         q0 = _query_plane(planes, column_row, plane, jk, real_column, D)
     else:
@@ -104,130 +155,120 @@ def _decode_kernel(
     if F_K == 4:
         q2 = _query_plane(planes, column_row, plane, key_coordinate(2, jk, BITS_K), real_column, D)
         q3 = _query_plane(planes, column_row, plane, key_coordinate(3, jk, BITS_K), real_column, D)
-    m = tl.full([H], -1e30, tl.float32)
-    total = tl.zeros([H], tl.float32)
-    half = tl.zeros([H], tl.float32)
-    a0 = tl.zeros([VB, C], tl.float32)
+    ref = tl.full([H], -1e30, tl.float32)
+    v_unit = tl.full([], 1e-30, tl.float32)
+    total = tl.zeros([TILE, H], tl.float32)
+    half = tl.zeros([TILE, H], tl.float32)
+    a0 = tl.zeros([VB, C], tl.int32)
     if F_V >= 2:
-        a1 = tl.zeros([VB, C], tl.float32)
+        a1 = tl.zeros([VB, C], tl.int32)
     if F_V == 4:
-        a2 = tl.zeros([VB, C], tl.float32)
-        a3 = tl.zeros([VB, C], tl.float32)
-    lift = (tl.zeros([VB, TILE], tl.int8) + ((jv // 2) % 2)[:, None] * 2).to(tl.int8)
+        a2 = tl.zeros([VB, C], tl.int32)
+        a3 = tl.zeros([VB, C], tl.int32)
+    # Tables of the byte permutes. Loads and broadcasts let the compiler decode in the operand's layout.
+    k_p, k_q = _permute_table(k_levels, TILE, KB)
+    v_p, v_q = _permute_table(v_levels, VB, TILE)
+    if BITS_K == 3:
+        k_lift = tl.broadcast_to(tl.load(lifts + jk[None, :]), [TILE, KB])
+    if BITS_V == 3:
+        v_lift = tl.broadcast_to(tl.load(lifts + jv[:, None]), [VB, TILE])
 
     for tile in tl.range(start, stop, num_stages=STAGES):
+        x, x_sign, z, z_sign, k_scale, v_scale = _load_tile(
+            pages, block_table + sequence * table_stride, head * head_stride, tile, length,
+            page_stride, k_levels, v_levels, D, BITS_K, BITS_V, K_BYTES, V_CODES, K_SCALES, V_SCALES,
+            PAGE, TILE, KB, VB, F_K, F_V, USE_PTX,
+        )
         token = tile * TILE + n
-        if PAGE == TILE:
-            page = pages + tl.load(block_table + sequence * table_stride + tile).to(tl.int64) * page_stride
-            page += head * head_stride
-            k_base = page + n * K_BYTES
-            v_base = page + V_CODES + n
-            scales = page + 2 * n
-        else:
-            inside = token < length
-            block = tl.load(block_table + sequence * table_stride + token // PAGE, mask=inside, other=0)
-            page = pages + block.to(tl.int64) * page_stride + head * head_stride
-            k_base = page + (token % PAGE) * K_BYTES
-            v_base = page + V_CODES + token % PAGE
-            scales = page + 2 * (token % PAGE)
-        k_mask = (jk < k_limit)[None, :]
-        v_mask = (jv < v_limit)[:, None]
-        if USE_PTX:
-            if k_limit == KB:
-                x = tl.load(k_base[:, None] + jk[None, :])
-            else:
-                x = tl.load(k_base[:, None] + jk[None, :], mask=k_mask, other=0)
-            if BITS_K == 3:
-                x_sign = tl.load(k_base[:, None] + (D // 4 + sign_byte(jk))[None, :], mask=k_mask, other=0)
-            if v_limit == VB:
-                z = tl.load(v_base[None, :] + jv[:, None] * PAGE)
-            else:
-                z = tl.load(v_base[None, :] + jv[:, None] * PAGE, mask=v_mask, other=0)
-            if BITS_V == 3:
-                z_sign = tl.load(v_base[None, :] + (D // 4 + sign_byte(jv))[:, None] * PAGE, mask=v_mask, other=0)
-        k_scale = tl.load((scales + K_SCALES).to(tl.pointer_type(tl.float16))).to(tl.float32)
-        v_scale = tl.load((scales + V_SCALES).to(tl.pointer_type(tl.float16))).to(tl.float32)
+        k_scale = k_scale.to(tl.float32)
+        v_scale = v_scale.to(tl.float32)
 
         if F_K == 1:
-            if USE_PTX:
-                k0 = x.to(tl.int8, bitcast=True)
-            else:
-                k0 = load_levels(k_base[:, None], jk[None, :], 1, k_levels, k_mask, BITS_K, D)
-            s = tl.dot(k0, q0, out_dtype=tl.int32)
+            s = tl.dot(x.to(tl.int8, bitcast=True), q0, out_dtype=tl.int32)
         elif F_K == 2:
-            k0, k1 = two_planes(x, K_PTX)
+            k0, k1 = two_planes(x, k_p, k_q, K_PTX)
             s = tl.dot(k0, q0, out_dtype=tl.int32)
             s = tl.dot(k1, q1, s, out_dtype=tl.int32)
         else:
             if BITS_K == 2:
-                k0, k1, k2, k3 = four_planes(x, K_PTX)
+                k0, k1, k2, k3 = four_planes(x, k_p, k_q, K_PTX)
             else:
-                k0, k1, k2, k3 = four_key_planes_signed(x, x_sign, K_PTX)
+                k0, k1, k2, k3 = four_planes_signed(x, x_sign, k_lift, k_p, k_q, K_PTX)
             s = tl.dot(k0, q0, out_dtype=tl.int32)
             s = tl.dot(k1, q1, s, out_dtype=tl.int32)
             s = tl.dot(k2, q2, s, out_dtype=tl.int32)
             s = tl.dot(k3, q3, s, out_dtype=tl.int32)
         s_hi, s_lo = tl.split(tl.reshape(s, [TILE, H, 2]))
-        score = ((s_hi.to(tl.float32) + s_lo.to(tl.float32) * (1.0 / 254)) * scale[None, :] + bias[None, :]) * k_scale[:, None]
+        score = ((s_hi * 254 + s_lo).to(tl.float32) * scale[None, :] + bias[None, :]) * k_scale[:, None]
         if SOFT_CAP:  # scores are in units of log 2
             e = tl.exp2(score * (2.0 / soft_cap))
             score = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (e + 1.0))
-        if QUERY_LEN == 1:
-            seen = (token < length)[:, None]
-        else:
+        if QUERY_LEN > 1 or WINDOW:
             seen = token[:, None] <= last_seen[None, :]
-        if WINDOW:
-            seen = seen & (token[:, None] > last_seen[None, :] - window)
-        score = tl.where(seen, score, float("-inf"))
-        v_scale = tl.where(token < length, v_scale, 0.0)
+            if WINDOW:
+                seen = seen & (token[:, None] > last_seen[None, :] - window)
+            score = tl.where(seen, score, float("-inf"))
+        if (tile + 1) * TILE > length:
+            score = tl.where((token < length)[:, None], score, float("-inf"))
+            v_scale = tl.where(token < length, v_scale, 0.0)
 
-        m_new = tl.maximum(m, tl.max(score, 0))
-        decay = tl.exp2(m - m_new)
-        p = tl.exp2(score - m_new[None, :])
-        total = total * decay + tl.sum(p, 0)
-        m = m_new
-        # Value scales ride on the weights, which then are rounded to two int8 planes.
-        v_top = tl.maximum(tl.max(v_scale, 0), 1e-20)
-        x_p = p * (v_scale * (127.0 / v_top))[:, None]
-        worth = v_top * (1.0 / 127)
-        half = half * decay + tl.sum(x_p, 0) * worth
-        hi = (x_p + 12582912.0) - 12582912.0
-        lo = ((x_p - hi) * 254.0 + 12582912.0) - 12582912.0
-        weights = tl.reshape(tl.join(hi, lo), [TILE, C]).to(tl.int8)
-        decay2 = tl.reshape(tl.join(decay, decay), [C])
+        # Weights are whole numbers in units of v_unit * exp2(ref): sums stay integers while ref and
+        # v_unit stand. Both have headroom, so that a split changes them only a few times.
+        if (tl.max(tl.max(score - ref[None, :], 1), 0) > 0.0) | (tl.max(v_scale, 0) > 127.0 * v_unit):
+            page_top = tl.max(score, 0)
+            new_ref = tl.where(page_top > ref, page_top + 1.0, ref)
+            new_unit = tl.maximum(v_unit, tl.max(v_scale, 0) * (1.25 / 127.0))
+            decay = tl.exp2(ref - new_ref)
+            total = total * decay[None, :]
+            factor = decay * (v_unit / new_unit)
+            half = half * factor[None, :]
+            column_factor = tl.reshape(tl.join(factor, factor), [C])
+            a0 = _rescale(a0, column_factor)
+            if F_V >= 2:
+                a1 = _rescale(a1, column_factor)
+            if F_V == 4:
+                a2 = _rescale(a2, column_factor)
+                a3 = _rescale(a3, column_factor)
+            ref = new_ref
+            v_unit = new_unit
+        p = tl.exp2(score - ref[None, :])
+        total += p
+        x_p = p * (v_scale * (1.0 / v_unit))[:, None]
+        half += x_p
+        shifted = x_p + 12582912.0
+        lo = (x_p - (shifted - 12582912.0)) * 254.0
+        weights = tl.join(shifted.to(tl.int32, bitcast=True).to(tl.int8), _low_byte(lo))
+        weights = tl.reshape(weights, [TILE, C])
         if F_V == 1:
-            if USE_PTX:
-                v0 = z.to(tl.int8, bitcast=True)
-            else:
-                v0 = load_levels(v_base[None, :], jv[:, None], PAGE, v_levels, v_mask, BITS_V, D)
-            a0 = _add(a0, v0, weights, decay2, worth)
+            a0 = tl.dot(z.to(tl.int8, bitcast=True), weights, a0, out_dtype=tl.int32)
         elif F_V == 2:
-            v0, v1 = two_planes(z, V_PTX)
-            a0 = _add(a0, v0, weights, decay2, worth)
-            a1 = _add(a1, v1, weights, decay2, worth)
+            v0, v1 = two_planes(z, v_p, v_q, V_PTX)
+            a0 = tl.dot(v0, weights, a0, out_dtype=tl.int32)
+            a1 = tl.dot(v1, weights, a1, out_dtype=tl.int32)
         else:
             if BITS_V == 2:
-                v0, v1, v2, v3 = four_planes(z, V_PTX)
+                v0, v1, v2, v3 = four_planes(z, v_p, v_q, V_PTX)
             else:
-                v0, v1, v2, v3 = four_value_planes_signed(z, z_sign, lift, V_PTX)
-            a0 = _add(a0, v0, weights, decay2, worth)
-            a1 = _add(a1, v1, weights, decay2, worth)
-            a2 = _add(a2, v2, weights, decay2, worth)
-            a3 = _add(a3, v3, weights, decay2, worth)
+                v0, v1, v2, v3 = four_planes_signed(z, z_sign, v_lift, v_p, v_q, V_PTX)
+            a0 = tl.dot(v0, weights, a0, out_dtype=tl.int32)
+            a1 = tl.dot(v1, weights, a1, out_dtype=tl.int32)
+            a2 = tl.dot(v2, weights, a2, out_dtype=tl.int32)
+            a3 = tl.dot(v3, weights, a3, out_dtype=tl.int32)
 
+    total = tl.sum(total, 0)
+    half = tl.sum(half, 0)
     out_row = row.to(tl.int64) * num_splits + split
     inverse = 1.0 / tl.where(total == 0, 1.0, total)
-    half = half * 0.5
     # Rows beyond the group are not stored: their column points nowhere.
     out = partial + tl.where(real, out_row, 0) * D
-    inverse = tl.where(real, inverse, 0.0)
+    inverse = tl.where(real, inverse * v_unit, 0.0)
     _store_rows(out, real, a0, half, inverse, jv * F_V, D, H)
     if F_V >= 2:
         _store_rows(out, real, a1, half, inverse, jv * F_V + 1, D, H)
     if F_V == 4:
         _store_rows(out, real, a2, half, inverse, jv * F_V + 2, D, H)
         _store_rows(out, real, a3, half, inverse, jv * F_V + 3, D, H)
-    tl.store(lse + out_row, m + tl.log2(tl.where(total == 0, 1.0, total)) + tl.where(total == 0, -1e30, 0.0), mask=real)
+    tl.store(lse + out_row, ref + tl.log2(tl.where(total == 0, 1.0, total)) + tl.where(total == 0, -1e30, 0.0), mask=real)
 
 
 @functools.lru_cache(None)
@@ -270,6 +311,7 @@ def decode_attention(
     ptx: bool | None = None,
     num_warps: int = 1,
     stages: int = 1,
+    maxnreg: int | None = None,
 ) -> None:
     """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. Two launches.
 
@@ -296,13 +338,14 @@ def decode_attention(
         workspace.planes, workspace.q_scale, workspace.q_bias, pages, block_table, seq_lens,
         workspace.partial, workspace.lse,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
+        device_tables.lifts(device),
         block_table.stride(0), pages.stride(0), pages.stride(1), splits, sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
         fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
         max(32, padded // k_planes), max(16, padded // v_planes),
-        unpack_ptx(Codebook.lloyd_max(head_dim, fmt.bits_k), by_token=True) if ptx else "",
-        unpack_ptx(Codebook.lloyd_max(head_dim, fmt.bits_v), by_token=False) if ptx else "", ptx,
+        unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
+        unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
         sliding_window is not None, soft_cap is not None, stages,
-        num_warps=num_warps,
+        num_warps=num_warps, **({"maxnreg": maxnreg} if maxnreg else {}),
     )
     merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

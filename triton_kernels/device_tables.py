@@ -32,11 +32,19 @@ def norms(head_dim: int, padded: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(None)
 def levels(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    """int8 [2^bits]: the int8 value of each code (8-bit codes are values already)."""
+    """int8 [max(8, 2^bits)]: the int8 value of each code, the first eight being a byte permute's table
+    (4-bit magnitudes, or all codes of 2 and 3 bits). 8-bit codes are values already."""
     if bits == 8:
-        return torch.zeros(1, dtype=torch.int8, device=device)
+        return torch.zeros(8, dtype=torch.int8, device=device)
     m = Codebook.lloyd_max(head_dim, bits).integers
-    return torch.tensor([*m, *(~v for v in m)], dtype=torch.int8, device=device)
+    table = [*m, *(~v for v in m)]
+    return torch.tensor(table * (2 if bits == 2 else 1), dtype=torch.int8, device=device)
+
+
+@functools.lru_cache(None)
+def lifts(device: torch.device) -> torch.Tensor:
+    """int8 [128]: how far the 3-bit signs of magnitude byte j lie below their place (core.bit_packing)."""
+    return torch.tensor([0, 0, 0, 0, 2, 2, 2, 2] * 16, dtype=torch.int8, device=device)
 
 
 @functools.lru_cache(None)

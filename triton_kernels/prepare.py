@@ -10,9 +10,10 @@ from tqai_plugins.core.codebook import SEARCH, TOP
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .unpack import sign_plane
 from .workspace import Workspace
 
-ROWS = 16  # vectors a program: the smallest tile of the matrix unit
+ROWS = 16  # rows a program: the smallest tile of the matrix unit
 
 
 @triton.jit
@@ -32,54 +33,54 @@ def _rotated(x_ptr, row_offsets, valid, hadamard, norms, D: tl.constexpr, DP: tl
 
 
 @triton.jit
-def _encode(y, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NUM_GRIDS: tl.constexpr, TOP: tl.constexpr):
-    """core.reference.encode: magnitude index [ROWS, DP] and scale [ROWS] (NaN marks a flagged vector)."""
+def _encode(y, grid_of_row, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+            NUM_GRIDS: tl.constexpr, TOP: tl.constexpr):
+    """core.reference.encode, a grid a row: rows come in groups of NUM_GRIDS copies of one vector.
+
+    Magnitude index [rows, DP], scale [rows] (NaN marks a flagged vector), and which row of its group
+    to keep, [rows].
+    """
     d = tl.arange(0, DP)
-    size = tl.where((d < D)[None, :], tl.abs(y), 0.0)
+    inside = (d < D)[None, :]
+    size = tl.where(inside, tl.abs(y), 0.0)
     rms = tl.sqrt(tl.sum(size * size, 1) / D)
     live = (rms > 1e-18) & (rms < float("inf"))
+    index = tl.zeros(y.shape, tl.int32)
     if BITS == 8:
         grid = tl.where(live, tl.max(size, 1) / TOP, 1.0)
-        best_index = tl.minimum(tl.floor(tl.where(live[:, None], size, 0.0) / grid[:, None]), 127.0).to(tl.int32)
-        level = tl.where((d < D)[None, :], best_index.to(tl.float32) + 0.5, 0.0)
-        best_scale = tl.sum(size * level, 1) / tl.sum(level * level, 1)
+        index = tl.minimum(tl.floor(size / grid[:, None]), 127.0).to(tl.int32)
+        level = index.to(tl.float32) + 0.5
     else:
-        HALF: tl.constexpr = 1 << (BITS - 1)
+        grid = rms * tl.load(table + grid_of_row)
         boundaries = table + NUM_GRIDS
-        magnitudes = boundaries + HALF - 1
-        best_index = tl.zeros(y.shape, tl.int32)
-        best = tl.full(rms.shape, -1.0, tl.float32)
-        best_scale = tl.zeros(rms.shape, tl.float32)
-        for g in tl.static_range(NUM_GRIDS):
-            grid = tl.where(live, rms * tl.load(table + g), 1.0)
-            ratio = tl.where(live[:, None], size, 0.0) / grid[:, None]
-            index = tl.zeros(y.shape, tl.int32)
-            level = tl.zeros(y.shape, tl.float32) + tl.load(magnitudes)
-            for j in tl.static_range(HALF - 1):
-                above = ratio > tl.load(boundaries + j)
-                index += above.to(tl.int32)
-                level = tl.where(above, tl.load(magnitudes + j + 1), level)
-            level = tl.where((d < D)[None, :], level, 0.0)
-            along = tl.sum(size * level, 1)
-            energy = tl.sum(level * level, 1)
-            merit = along * along / energy
-            won = merit > best
-            best = tl.where(won, merit, best)
-            best_index = tl.where(won[:, None], index, best_index)
-            best_scale = tl.where(won, along / energy, best_scale)
-    scale = tl.where(live, best_scale, tl.where(rms < float("inf"), 0.0, float("nan")))
-    return tl.where(live[:, None], best_index, 0), scale, live
+        magnitudes = boundaries + (1 << (BITS - 1)) - 1
+        level = tl.zeros(y.shape, tl.float32) + tl.load(magnitudes)
+        for j in tl.static_range((1 << (BITS - 1)) - 1):
+            above = size > (grid * tl.load(boundaries + j))[:, None]
+            index = tl.where(above, j + 1, index)
+            level = tl.where(above, tl.load(magnitudes + j + 1), level)
+    level = tl.where(inside, level, 0.0)
+    along = tl.sum(size * level, 1)
+    energy = tl.sum(level * level, 1)
+    merit = tl.reshape(along * along / energy, [y.shape[0] // NUM_GRIDS, NUM_GRIDS])
+    # argmax takes the first of equals; a flagged or zero vector keeps its first copy.
+    merit = tl.where(merit == merit, merit, 0.0)
+    first = tl.argmax(merit, 1)
+    best = tl.reshape(tl.broadcast_to(first[:, None], [y.shape[0] // NUM_GRIDS, NUM_GRIDS]), [y.shape[0]])
+    scale = tl.where(live, along / energy, tl.where(rms < float("inf"), 0.0, float("nan")))
+    return tl.where(live[:, None], index, 0), scale, live, best == grid_of_row
 
 
 @triton.jit
 def _store_vectors(
-    y, table, page, token, codes_at, byte_stride, vector_stride, scales_at, valid, num_bytes: tl.constexpr,
+    y, grid_of_row, table, page, token, codes_at, byte_stride, vector_stride, scales_at, valid, num_bytes: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NUM_GRIDS: tl.constexpr, TOP: tl.constexpr,
     SCALE_DENOMINATOR: tl.constexpr,
 ):
     """Quantize rows and write their packed codes (core.bit_packing) and scales."""
     ROWS: tl.constexpr = y.shape[0]
-    index, scale, live = _encode(y, table, D, DP, BITS, NUM_GRIDS, TOP)
+    index, scale, live, best = _encode(y, grid_of_row, table, D, DP, BITS, NUM_GRIDS, TOP)
+    valid = valid & best
     negative = ((y < 0) & live[:, None]).to(tl.int32)
     stored = (scale * SCALE_DENOMINATOR).to(tl.float16)
     overflow = ~(stored.to(tl.float32) < float("inf"))
@@ -98,12 +99,12 @@ def _store_vectors(
         i = tl.arange(0, 4)[None, None, None, None, :]
         half = tl.arange(0, 2)[None, None, :, None, None]
         place = i + 2 * (i // 2) + 2 - 2 * half
-        signs = tl.sum(tl.sum(tl.reshape(negative, [ROWS, DP // 16, 2, 2, 4]) << place, 4), 2)
+        signs = tl.sum(tl.sum(tl.reshape(negative, [ROWS, DP // 32, 2, 4, 4]) << place, 4), 2)
         signs = tl.reshape(signs, [ROWS, DP // 8])
         s = tl.arange(0, DP // 8)
         tl.store(
-            base[:, None] + (D // 4 + s)[None, :] * byte_stride, signs.to(tl.uint8),
-            mask=valid[:, None] & (s < D // 8)[None, :],
+            base[:, None] + (sign_plane(D) + s)[None, :] * byte_stride, signs.to(tl.uint8),
+            mask=valid[:, None] & (s < sign_plane(D) // 2)[None, :],
         )
     else:
         PER: tl.constexpr = 8 // BITS
@@ -111,7 +112,7 @@ def _store_vectors(
         code = index + (negative << (BITS - 1))
         packed = tl.sum(tl.reshape(code, [ROWS, DP // PER, PER]) << (BITS * f), 2)
         j = tl.arange(0, DP // PER)
-    limit: tl.constexpr = D // 4 if BITS == 3 else num_bytes
+    limit: tl.constexpr = num_bytes * 2 // 3 if BITS == 3 else num_bytes
     tl.store(base[:, None] + j[None, :] * byte_stride, packed.to(tl.uint8), mask=valid[:, None] & (j < limit)[None, :])
 
 
@@ -124,16 +125,16 @@ def _prepare_kernel(
     PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr, ROWS: tl.constexpr,
 ):
-    # One program turns ROWS vectors: first all queries', then all keys', then all values'.
+    # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
     r = tl.arange(0, ROWS)
     query_programs = tl.cdiv(num_query_rows, ROWS)
-    kv_programs = tl.cdiv(num_kv_rows, ROWS)
+    VECTORS: tl.constexpr = ROWS // NUM_GRIDS  # each is encoded on every grid at once, a row each
+    kv_programs = tl.cdiv(num_kv_rows, VECTORS)
     if program < query_programs:
-        row = program * ROWS + r
-        valid = row < num_query_rows
-        row = row.to(tl.int64)
-        offsets = (row // NUM_Q_HEADS) * q_stride + (row % NUM_Q_HEADS) * D
+        query_row = (program * ROWS + r).to(tl.int64)
+        valid = query_row < num_query_rows
+        offsets = (query_row // NUM_Q_HEADS) * q_stride + (query_row % NUM_Q_HEADS) * D
         y = _rotated(q_ptr, offsets, valid, hadamard, norms, D, DP)
         # Two int8 planes, q = scale * (hi + lo / 254): about 15 bits.
         top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
@@ -141,16 +142,16 @@ def _prepare_kernel(
         hi = _nearest(z)
         lo = _nearest((z - hi) * 254.0)
         d = tl.arange(0, DP)
-        out = planes_ptr + (row * (2 * D))[:, None] + d[None, :]
+        out = planes_ptr + (query_row * (2 * D))[:, None] + d[None, :]
         inside = valid[:, None] & (d < D)[None, :]
         tl.store(out, hi.to(tl.int8), mask=inside)
         tl.store(out + D, lo.to(tl.int8), mask=inside)
-        tl.store(q_scale_ptr + row, top * (softmax_scale / 127.0), mask=valid)
+        tl.store(q_scale_ptr + query_row, top * (softmax_scale / (127.0 * 254.0)), mask=valid)
         # Codes hold m for m + 1/2: the missing halves of a score.
-        tl.store(q_bias_ptr + row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
+        tl.store(q_bias_ptr + query_row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
     else:
         is_key = program < query_programs + kv_programs
-        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * ROWS + r
+        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // NUM_GRIDS
         valid = row < num_kv_rows
         token = row // NUM_KV_HEADS
         head = row % NUM_KV_HEADS
@@ -161,11 +162,11 @@ def _prepare_kernel(
         in_page = slot % PAGE
         if is_key:
             y = _rotated(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, hadamard, norms, D, DP)
-            _store_vectors(y, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
+            _store_vectors(y, r % NUM_GRIDS, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
                            D, DP, BITS_K, NUM_GRIDS, TOP, SCALE_DENOMINATOR)
         else:
             y = _rotated(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, hadamard, norms, D, DP)
-            _store_vectors(y, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
+            _store_vectors(y, r % NUM_GRIDS, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
                            D, DP, BITS_V, NUM_GRIDS, TOP, SCALE_DENOMINATOR)
 
 
@@ -193,7 +194,7 @@ def prepare(
     padded = triton.next_power_of_2(head_dim)
     layout = fmt.page_layout(page_tokens)
     device = key.device
-    programs = triton.cdiv(queries, ROWS) + 2 * triton.cdiv(num_tokens * num_kv_heads, ROWS)
+    programs = triton.cdiv(queries, ROWS) + 2 * triton.cdiv(num_tokens * num_kv_heads, ROWS // len(SEARCH))
     if programs == 0:
         return
     q = key if query is None else query

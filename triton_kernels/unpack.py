@@ -9,61 +9,54 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from tqai_plugins.core.codebook import Codebook
 
-# Coordinates come out in `planes`, one per field of a byte.
+# Values come out in planes, one per field of a byte.
 PLANES = {8: 1, 4: 2, 3: 4, 2: 4}
 
 
-def _word(values) -> str:
-    return f"0x{sum((v & 255) << 8 * i for i, v in enumerate(values)):08x}"
-
-
-def unpack_ptx(codebook: Codebook, *, by_token: bool) -> str:
+def unpack_ptx(bits: int, *, by_token: bool) -> str:
     """PTX that turns one register of packed codes into PLANES registers of int8 values.
 
     by_token: the four bytes belong to one token (keys), and the outputs take the bytes in selector
     order (see key_coordinate). Otherwise to four tokens (values): two more permutes a pair bring
     each token's values back into its own byte, and plane f of byte j is coordinate PLANES * j + f.
+
+    {x} codes, {y} 3-bit signs, {l} their lift (0 or 2), {p} and {q} the eight table bytes, which come
+    in registers: as immediates ptxas copies them anew for every permute.
     """
-    bits, m = codebook.bits, codebook.integers
-    if bits == 8:
-        return ""
+    inputs = ["x"] + ["y"] * (bits == 3) + ["l"] * (bits == 3)
+    at = {name: f"${PLANES[bits] + i}" for i, name in enumerate(inputs)}
+    # An int32 beside four packed bytes takes four operands, all the same register.
+    at["p"], at["q"] = (f"${PLANES[bits] + len(inputs) + i}" for i in (0, 4))
+    look = "prmt.b32 {a}, {p}, {q}, {r}; shr.u32 h, {r}, 16; prmt.b32 {b}, {p}, {q}, h;"
+    split = " prmt.b32 {a}, a, b, 0x6420; prmt.b32 {b}, a, b, 0x7531;"
     if bits == 4:
-        p, n = _word(m[:4]), _word(m[4:])
-        select = f"and.b32 s, $2, 0x77777777; shr.u32 h, s, 16; prmt.b32 a, {p}, {n}, s; prmt.b32 b, {p}, {n}, h;"
+        body = "and.b32 s, {x}, 0x77777777; " + look.format(a="a", b="b", r="s", p="{p}", q="{q}")
         if by_token:  # signs of the eight nibbles: top bits of x << 4 and of x
-            body = "shl.b32 t, $2, 4; prmt.b32 u, t, $2, 0xd9c8; prmt.b32 v, t, $2, 0xfbea; xor.b32 $0, a, u; xor.b32 $1, b, v;"
-        else:
-            body = (
-                "prmt.b32 u, a, b, 0x6420; prmt.b32 v, a, b, 0x7531; prmt.b32 a, $2, 0, 0xba98; "
-                "shl.b32 t, $2, 4; prmt.b32 b, t, 0, 0xba98; xor.b32 $0, u, b; xor.b32 $1, v, a;"
+            body += (
+                " shl.b32 t, {x}, 4; prmt.b32 u, t, {x}, 0xd9c8; prmt.b32 s, t, {x}, 0xfbea;"
+                " xor.b32 $0, a, u; xor.b32 $1, b, s;"
             )
-        return f"{{ .reg .b32 s, h, t, u, v, a, b; {select} {body} }}"
-    table = [*m, *(~v for v in m)]
-    if bits == 2:
-        p = n = _word(table)
-        even, odd = "and.b32 t, $4, 0x33333333;", "shr.u32 u, $4, 2; and.b32 u, u, 0x33333333;"
-    else:
-        p, n = _word(table[:4]), _word(table[4:])
-        # Two bytes of signs serve four bytes of magnitudes; those of the second pair lie two bits lower.
-        if by_token:
-            lift = "shl.b32 s, $5, 2; and.b32 s, s, 0xffff0000; and.b32 h, $5, 0x0000ffff; or.b32 s, s, h;"
         else:
-            lift = "and.b32 h, $6, 2; shl.b32 s, $5, h;"
-        even = f"{lift} and.b32 h, s, 0x44444444; and.b32 t, $4, 0x33333333; or.b32 t, t, h;"
-        odd = "shr.u32 h, s, 1; and.b32 h, h, 0x44444444; shr.u32 u, $4, 2; and.b32 u, u, 0x33333333; or.b32 u, u, h;"
-    if by_token:
-        look = "prmt.b32 ${0}, {p}, {n}, {r}; shr.u32 h, {r}, 16; prmt.b32 ${1}, {p}, {n}, h;"
+            body += split.format(a="u", b="s") + (
+                " prmt.b32 a, {x}, 0, 0xba98; shl.b32 t, {x}, 4; prmt.b32 b, t, 0, 0xba98;"
+                " xor.b32 $0, u, b; xor.b32 $1, s, a;"
+            )
     else:
-        look = (
-            "prmt.b32 a, {p}, {n}, {r}; shr.u32 h, {r}, 16; prmt.b32 b, {p}, {n}, h; "
-            "prmt.b32 ${0}, a, b, 0x6420; prmt.b32 ${1}, a, b, 0x7531;"
-        )
-    first, second = ((0, 1), (2, 3)) if by_token else ((0, 2), (1, 3))
-    look_even = look.format(*first, p=p, n=n, r="t")
-    look_odd = look.format(*second, p=p, n=n, r="u")
-    return f"{{ .reg .b32 s, h, t, u, a, b; {even} {look_even} {odd} {look_odd} }}"
+        even, odd = "and.b32 t, {x}, 0x33333333;", "shr.u32 u, {x}, 2; and.b32 u, u, 0x33333333;"
+        if bits == 3:
+            # Signs of the second half of a group lie two bits lower.
+            lift = "and.b32 h, {l}, 2; shl.b32 s, {y}, h;"
+            even = f"{lift} and.b32 h, s, 0x44444444; {even} or.b32 t, t, h;"
+            odd = f"shr.u32 h, s, 1; and.b32 h, h, 0x44444444; {odd} or.b32 u, u, h;"
+        if by_token:
+            even += look.format(a="$0", b="$1", r="t", p="{p}", q="{q}")
+            odd += look.format(a="$2", b="$3", r="u", p="{p}", q="{q}")
+        else:
+            even += look.format(a="a", b="b", r="t", p="{p}", q="{q}") + split.format(a="$0", b="$2")
+            odd += look.format(a="a", b="b", r="u", p="{p}", q="{q}") + split.format(a="$1", b="$3")
+        body = even + odd
+    return "{ .reg .b32 s, h, t, u, a, b; " + body.format(**at) + " }"
 
 
 @triton.jit
@@ -78,35 +71,38 @@ def key_coordinate(plane: tl.constexpr, byte, BITS: tl.constexpr):
 
 
 @triton.jit
-def two_planes(x, PTX: tl.constexpr):
-    return tl.inline_asm_elementwise(PTX, "=r,=r,r", [x], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
-
-
-@triton.jit
-def four_planes(x, PTX: tl.constexpr):
+def two_planes(x, p, q, PTX: tl.constexpr):
     return tl.inline_asm_elementwise(
-        PTX, "=r,=r,=r,=r,r", [x], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        PTX, "=r,=r,r,r,r,r,r,r,r,r,r", [x, p, q], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
     )
 
 
 @triton.jit
-def four_key_planes_signed(x, signs, PTX: tl.constexpr):
+def four_planes(x, p, q, PTX: tl.constexpr):
     return tl.inline_asm_elementwise(
-        PTX, "=r,=r,=r,=r,r,r", [x, signs], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        PTX, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r", [x, p, q],
+        dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
     )
 
 
 @triton.jit
-def four_value_planes_signed(x, signs, lift, PTX: tl.constexpr):
+def four_planes_signed(x, signs, lift, p, q, PTX: tl.constexpr):
     return tl.inline_asm_elementwise(
-        PTX, "=r,=r,=r,=r,r,r,r", [x, signs, lift], dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4
+        PTX, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r", [x, signs, lift, p, q],
+        dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
     )
+
+
+@triton.jit
+def sign_plane(D: tl.constexpr):
+    """Where the sign plane of a 3-bit vector begins: after its magnitudes, in groups of 32 coordinates."""
+    return (D + 31) // 32 * 8
 
 
 @triton.jit
 def sign_byte(byte):
     """Which byte of the 3-bit sign plane serves magnitude byte `byte`."""
-    return (byte // 4) * 2 + byte % 2
+    return (byte // 8) * 4 + byte % 4
 
 
 @triton.jit
@@ -122,8 +118,8 @@ def load_levels(codes, coordinate, stride, levels, mask, BITS: tl.constexpr, D: 
         byte = coordinate // 4
         field = coordinate % 4
         low = tl.load(codes + byte * stride, mask=mask, other=0).to(tl.int32)
-        sign = tl.load(codes + (D // 4 + sign_byte(byte)) * stride, mask=mask, other=0).to(tl.int32)
-        place = field + 2 * (field // 2) + 2 - 2 * ((byte // 2) % 2)
+        sign = tl.load(codes + (sign_plane(D) + sign_byte(byte)) * stride, mask=mask, other=0).to(tl.int32)
+        place = field + 2 * (field // 2) + 2 - 2 * ((byte // 4) % 2)
         code = ((low >> (2 * field)) & 3) | (((sign >> place) & 1) << 2)
     else:
         per_byte: tl.constexpr = 8 // BITS

@@ -5,10 +5,11 @@ A code of b bits is a sign bit (the top one) and a magnitude index.
 1, 2, 4 bits   little-endian fields: coordinate i fills bits b*i to b*i + b - 1 of the vector.
                Nibbles are selectors of the GPU's byte permute as they are.
 8 bits         one int8 a coordinate: m, or ~m under a negative sign, as the matrix unit reads it.
-3 bits         a plane of 2-bit magnitudes as above, then a plane of signs. Sign bytes 2g and 2g + 1
-               serve magnitude bytes 4g and 4g + 1 with their bits 2 3 6 7 (one a coordinate), and
-               magnitude bytes 4g + 2 and 4g + 3 with their bits 0 1 4 5. Shifted by at most two
-               places a sign then lies above its magnitude, and both make a byte permute's selector.
+3 bits         a plane of 2-bit magnitudes as above, then a plane of signs, padded to groups of 32
+               coordinates: 8 bytes of magnitudes, 4 of signs. Sign byte i of a group serves magnitude
+               byte i with its bits 2 3 6 7 (one a coordinate) and magnitude byte i + 4 with its bits
+               0 1 4 5. Shifted by at most two places a sign then lies above its magnitude, and both
+               make a byte permute's selector.
 5, 6, 7 bits   a little-endian bit string; read by the reference and transformers only.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from .kv_format import packed_bytes
 
-# Sign bits of the four coordinates of magnitude bytes 4g and 4g + 1, then of 4g + 2 and 4g + 3.
+# Sign bits of the four coordinates of a magnitude byte in the first half of its group, then in the second.
 SIGN_BITS = ((2, 3, 6, 7), (0, 1, 4, 5))
 
 
@@ -34,8 +35,8 @@ def _unpack_fields(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def sign_positions(groups: int) -> np.ndarray:
-    """Bit position in the sign plane of each of 16 * groups coordinates."""
-    byte = 16 * np.arange(groups)[:, None, None, None] + 8 * np.arange(2)[None, None, :, None]
+    """Bit position in the sign plane of each of 32 * groups coordinates."""
+    byte = 32 * np.arange(groups)[:, None, None, None] + 8 * np.arange(4)[None, None, :, None]
     return (byte + np.array(SIGN_BITS)[None, :, None, :]).ravel()
 
 
@@ -46,8 +47,8 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
         return np.where(codes & 0x80, codes ^ 0x7F, codes).astype(np.uint8)
     if bits != 3:
         return _pack_fields(codes, bits)
-    groups = -(-head_dim // 16)
-    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 16 * groups - head_dim)])
+    groups = -(-head_dim // 32)
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 32 * groups - head_dim)])
     signs = np.zeros_like(codes)
     signs[..., sign_positions(groups)] = codes >> 2
     return np.concatenate([_pack_fields(codes & 3, 2), _pack_fields(signs, 1)], -1)
@@ -61,7 +62,7 @@ def unpack(packed: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
         return np.where(packed & 0x80, packed ^ 0x7F, packed).astype(np.uint8)
     if bits != 3:
         return _unpack_fields(packed, bits, head_dim)
-    groups = packed.shape[-1] // 6
-    low = _unpack_fields(packed[..., : 4 * groups], 2, 16 * groups)
-    signs = _unpack_fields(packed[..., 4 * groups :], 1, 16 * groups)[..., sign_positions(groups)]
+    groups = packed.shape[-1] // 12
+    low = _unpack_fields(packed[..., : 8 * groups], 2, 32 * groups)
+    signs = _unpack_fields(packed[..., 8 * groups :], 1, 32 * groups)[..., sign_positions(groups)]
     return (low | signs << 2)[..., :head_dim]

@@ -25,8 +25,8 @@ SCALE_DENOMINATOR = 64
 
 def packed_bytes(head_dim: int, bits: int) -> int:
     """Bytes that the codes of one vector fill (bit_packing says in which order)."""
-    if bits == 3:  # groups of 16 coordinates: 4 bytes of magnitudes and 2 of signs
-        return 6 * -(-head_dim // 16)
+    if bits == 3:  # groups of 32 coordinates: 8 bytes of magnitudes and 4 of signs
+        return 12 * -(-head_dim // 32)
     return -(-head_dim * bits // 8)
 
 
