@@ -1,0 +1,78 @@
+"""tqai: TurboQuant KV caches for vLLM, mlx-lm and Hugging Face transformers.
+
+    cache = tqai.patch(model, bits_k=4, bits_v=2)
+    model.generate(**inputs, past_key_values=cache)
+"""
+
+from __future__ import annotations
+
+from tqai_plugins.core.kv_format import KVFormat
+
+__all__ = ["Cache", "KVFormat", "__version__", "patch", "unpatch"]
+
+
+def patch(model, **options):
+    """Give a model a compressed KV cache.
+
+    transformers: returns a tqai.Cache for one request or conversation, to be passed to generate() or
+    the model as past_key_values; the model itself is not changed. For the next request call patch
+    again, make a tqai.Cache(model.config, ...), or reset() the cache.
+    MLX: installs the cache in the model, for mlx_lm.generate and its server, until unpatch.
+
+    Options: bits_k=4, bits_v=2, sink_tokens, residual_window=128, cache_strategy="auto", backend,
+    device, use_qjl=False, qjl_sketch_size=64; transformers_plugin.CacheOptions explains them.
+    Raises ValueError for an option that is unknown or out of range and for a model that cannot be
+    compressed, ImportError where the runtime's package is missing.
+    """
+    backend = options.get("backend")
+    if backend not in (None, "auto", "torch", "mlx"):
+        raise ValueError(f"backend is {backend!r}; allowed are 'auto', 'torch' and 'mlx'")
+    if _is_mlx(model):
+        if backend == "torch":
+            raise ValueError("backend is 'torch' but this is an MLX model; use backend='mlx' or leave it out")
+        return _mlx_plugin().install(model, **{name: value for name, value in options.items() if name != "backend"})
+    if backend == "mlx":
+        raise ValueError(
+            f"backend is 'mlx' but the model is a {type(model).__module__}.{type(model).__name__}; install mlx-lm with "
+            "pip install 'tqai[mlx]' and load the model with mlx_lm.load, or use backend='torch'"
+        )
+    if not hasattr(model, "config"):
+        raise ValueError(f"model is a {type(model).__name__}; expected a transformers or an MLX language model")
+    return _transformers_plugin().Cache(model.config, **options)
+
+
+def unpatch(model) -> None:
+    """Undo patch. A transformers model was never changed, so that there is nothing to undo but to drop the cache."""
+    if _is_mlx(model):
+        _mlx_plugin().uninstall(model)
+
+
+def _is_mlx(model) -> bool:
+    return any(base.__module__.split(".")[0] == "mlx" for base in type(model).__mro__)
+
+
+def _mlx_plugin():
+    try:
+        from tqai_plugins import mlx_lm_plugin
+    except ImportError as error:
+        raise ImportError("an MLX model needs mlx-lm; install it with: pip install 'tqai[mlx]'") from error
+    return mlx_lm_plugin
+
+
+def _transformers_plugin():
+    try:
+        from tqai_plugins import transformers_plugin
+    except ImportError as error:
+        message = f"a transformers model needs torch and transformers 5 ({error}); pip install 'tqai[torch]'"
+        raise ImportError(message) from error
+    return transformers_plugin
+
+
+def __getattr__(name: str):
+    if name == "Cache":
+        return _transformers_plugin().Cache
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("tqai")
+    raise AttributeError(f"module 'tqai' has no attribute {name!r}")
