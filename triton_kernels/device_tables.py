@@ -10,9 +10,11 @@ from tqai_plugins.core.rotation import Rotation, block_norm, hadamard_rows
 
 
 @functools.lru_cache(None)
-def signed_hadamard(head_dim: int, padded: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The transform without its norms, [padded, padded]: y = (x @ it) * norms. Entries are +1, -1
-    and 0 between blocks, exact in bfloat16."""
+def signed_hadamard(
+    head_dim: int, padded: int, dtype: torch.dtype, device: torch.device, back: bool = False
+) -> torch.Tensor:
+    """The transform without its norms, [padded, padded]: y = (x @ it) * norms, and x = (y * norms) @
+    the one for going back. Entries are +1, -1 and 0 between blocks, exact in bfloat16."""
     rotation = Rotation(head_dim)
     matrix = torch.zeros(padded, padded)
     start = 0
@@ -20,7 +22,7 @@ def signed_hadamard(head_dim: int, padded: int, dtype: torch.dtype, device: torc
         matrix[start : start + size, start : start + size] = torch.tensor(hadamard_rows(size))
         start += size
     matrix[:head_dim] *= torch.tensor(rotation.signs)[:, None]
-    return matrix.to(device, dtype)
+    return (matrix.T if back else matrix).contiguous().to(device, dtype)
 
 
 @functools.lru_cache(None)

@@ -1,0 +1,241 @@
+"""Each Triton kernel against the NumPy reference: by the interpreter here, compiled on a CUDA machine."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+from tqai_plugins.core import reference  # noqa: E402
+from tqai_plugins.core.codebook import Codebook  # noqa: E402
+from tqai_plugins.core.kv_format import KVFormat  # noqa: E402
+from tqai_plugins.core.rotation import Rotation  # noqa: E402
+from tqai_plugins.triton_kernels.decode_attention import decode_attention  # noqa: E402
+from tqai_plugins.triton_kernels.dequantize import dequantize  # noqa: E402
+from tqai_plugins.triton_kernels.prepare import prepare  # noqa: E402
+from tqai_plugins.triton_kernels.workspace import Workspace  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter does not multiply bfloat16; float16 rounds the output to 5e-4.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+TOLERANCE = 2.5e-3 if DEVICE.type == "cuda" else 5e-4
+
+
+class Step:
+    """Sequences of given lengths, stored by `prepare` on pages in shuffled order; the rest is noise."""
+
+    def __init__(self, fmt, kv_heads, group, lengths, page, query_len=1, seed=0):
+        g = torch.Generator().manual_seed(seed)
+        self.fmt, self.kv_heads, self.group, self.page, self.query_len = fmt, kv_heads, group, page, query_len
+        self.lengths = lengths
+        batch, d = len(lengths), fmt.head_dim
+        pages_each = -(-max(lengths) // page) + 1
+        self.pages = torch.randint(
+            0, 256, (batch * pages_each + 1, kv_heads, fmt.page_layout(page).page_bytes), dtype=torch.uint8, generator=g
+        ).to(DEVICE)
+        self.table = torch.randperm(batch * pages_each, generator=g).int().view(batch, pages_each).to(DEVICE)
+        draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE, DTYPE)  # noqa: E731
+        self.q = draw(batch * query_len, kv_heads * group, d)
+        self.k, self.v = draw(sum(lengths), kv_heads, d), draw(sum(lengths), kv_heads, d)
+        slots = [
+            self.table[i].cpu().long()[torch.arange(n) // page] * page + torch.arange(n) % page
+            for i, n in enumerate(lengths)
+        ]
+        self.slots = torch.cat(slots).to(DEVICE)
+        rows = batch * query_len * kv_heads * group * 16
+        self.workspace = Workspace.allocate(batch * query_len, kv_heads * group, d, rows, DEVICE)
+        self.workspace.partial.fill_(torch.nan)
+        self.workspace.lse.fill_(torch.nan)
+        self.softmax_scale = d**-0.5
+
+    def store(self):
+        prepare(self.q, self.k, self.v, self.pages, self.slots, self.workspace, self.fmt, self.page, self.softmax_scale)
+
+    def attend(self, **options):
+        out = torch.full_like(self.q, torch.nan)
+        lengths = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
+        decode_attention(
+            self.workspace, self.pages, self.table, lengths, out, self.fmt, self.page, query_len=self.query_len, **options
+        )
+        return out.float().cpu().numpy()
+
+    def stored(self, sequence):
+        """(k codes, k scales, v codes, v scales) of one sequence as bytes on the pages, token by token."""
+        layout, fmt = self.fmt.page_layout(self.page), self.fmt
+        length, pages = self.lengths[sequence], self.pages.cpu().numpy()
+        found = ([], [], [], [])
+        for token in range(length):
+            page = pages[self.table[sequence, token // self.page].item()]
+            i = token % self.page
+            found[0].append(page[:, i * fmt.k_bytes : (i + 1) * fmt.k_bytes])
+            found[1].append(page[:, layout.k_scales + 2 * i : layout.k_scales + 2 * i + 2])
+            found[2].append(page[:, layout.v_codes + i : layout.k_scales : self.page])
+            found[3].append(page[:, layout.v_scales + 2 * i : layout.v_scales + 2 * i + 2])
+        k, ks, v, vs = (np.ascontiguousarray(np.stack(f)) for f in found)
+        return k, ks.view(np.float16)[..., 0], v, vs.view(np.float16)[..., 0]
+
+    def expected(self, window=None, soft_cap=None, sinks=None):
+        fmt, rotation, rows = self.fmt, Rotation(self.fmt.head_dim), []
+        for i, length in enumerate(self.lengths):
+            if length == 0:
+                rows += [np.zeros((self.kv_heads * self.group, fmt.head_dim))] * self.query_len
+                continue
+            k, ks, v, vs = self.stored(i)
+            k = reference.dequantize_rotated(k, ks, fmt.bits_k, Codebook.lloyd_max(fmt.head_dim, fmt.bits_k)).astype(float)
+            v = reference.dequantize_rotated(v, vs, fmt.bits_v, Codebook.lloyd_max(fmt.head_dim, fmt.bits_v)).astype(float)
+            for t in range(self.query_len):
+                q = reference.rotate(self.q[i * self.query_len + t].float().cpu().numpy(), rotation).astype(float)
+                score = np.einsum("hgd,thd->hgt", q.reshape(self.kv_heads, self.group, -1), k) * self.softmax_scale
+                if soft_cap:
+                    score = soft_cap * np.tanh(score / soft_cap)
+                token, last = np.arange(length), length - self.query_len + t
+                seen = token <= last
+                if window:
+                    seen &= token > last - window
+                score = np.where(seen, score, -np.inf)[:, :, None]
+                extra = None if sinks is None else sinks.cpu().numpy().reshape(self.kv_heads, self.group, 1)
+                out, _ = reference.softmax_attention(score, v.transpose(1, 0, 2)[:, None], extra)
+                rows.append(reference.rotate_back(out.reshape(-1, fmt.head_dim).astype(np.float32), rotation))
+        return np.stack(rows)
+
+
+def assert_close(got, expected):
+    assert np.isfinite(got).all(), "an output was not written, or is not a number"
+    error = np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-9)
+    assert error < TOLERANCE, error
+
+
+FORMATS = [(k, v) for k in (8, 4, 3, 2) for v in (8, 4, 3, 2)]
+
+
+@pytest.mark.parametrize("bits", FORMATS, ids=lambda b: f"k{b[0]}v{b[1]}")
+def test_codes_on_pages_are_the_references(bits):
+    step = Step(KVFormat(*bits, 64), 2, 1, [19], 16)
+    step.store()
+    k, ks, v, vs = step.stored(0)
+    for x, width, codes, scales in ((step.k, bits[0], k, ks), (step.v, bits[1], v, vs)):
+        expected, expected_scales = reference.quantize(x.float().cpu().numpy(), width)
+        # Tie rule (reference.encode): a grid almost as good may be chosen for a vector now and then.
+        same = (codes == expected).all(-1)
+        assert same.mean() > 0.97
+        np.testing.assert_allclose(scales[same].astype(float), expected_scales[same].astype(float), rtol=2**-9)
+
+
+@pytest.mark.parametrize("bits", FORMATS, ids=lambda b: f"k{b[0]}v{b[1]}")
+def test_decode_attention_over_every_format(bits):
+    step = Step(KVFormat(*bits, 64), 1, 2, [70, 3], 64)
+    step.store()
+    assert_close(step.attend(num_splits=2), step.expected())
+
+
+@pytest.mark.parametrize("head_dim", [80, 96, 112, 128, 192, 256])
+def test_head_dims(head_dim):
+    step = Step(KVFormat(4, 3, head_dim), 1, 3, [67], 64)
+    step.store()
+    assert_close(step.attend(), step.expected())
+
+
+@pytest.mark.parametrize("page", [16, 32, 48, 64, 128])
+def test_page_sizes(page):
+    step = Step(KVFormat(4, 2, 64), 2, 4, [150, 1], page)
+    step.store()
+    assert_close(step.attend(num_splits=3), step.expected())
+
+
+@pytest.mark.parametrize("group, query_len", [(1, 1), (7, 1), (16, 2), (4, 8), (3, 5)])
+def test_groups_and_query_lengths(group, query_len):
+    step = Step(KVFormat(4, 2, 64), 1, group, [75], 64, query_len)
+    step.store()
+    assert_close(step.attend(num_splits=2), step.expected())
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_window_soft_cap_and_sinks(query_len):
+    step = Step(KVFormat(4, 4, 64), 2, 2, [200, 30], 64, query_len)
+    step.store()
+    sinks = torch.randn(4, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    got = step.attend(num_splits=2, sliding_window=70, soft_cap=3.0, sinks=sinks)
+    assert_close(got, step.expected(window=70, soft_cap=3.0, sinks=sinks))
+
+
+def test_empty_and_one_token_sequences():
+    step = Step(KVFormat(4, 2, 64), 1, 4, [0, 1, 130], 64)
+    step.store()
+    assert_close(step.attend(num_splits=4), step.expected())
+
+
+def test_log_sum_exp_merges_with_other_attention():
+    step = Step(KVFormat(8, 8, 64), 1, 2, [90], 64)
+    step.store()
+    lse = torch.full((1, 2), torch.nan, device=DEVICE)
+    step.attend(num_splits=2, lse=lse)
+    k, ks, _, _ = step.stored(0)
+    keys = reference.dequantize_rotated(k, ks, 8, Codebook.lloyd_max(64, 8))[:, 0]
+    scores = reference.rotate(step.q[0].float().cpu().numpy(), Rotation(64)) @ keys.T * step.softmax_scale
+    np.testing.assert_allclose(lse[0].cpu().numpy(), np.log(np.exp(scores).sum(-1)), rtol=1e-3)
+
+
+def test_slot_minus_one_is_skipped():
+    step = Step(KVFormat(4, 2, 64), 1, 1, [5], 16)
+    before = step.pages.clone()
+    step.slots.fill_(-1)
+    step.store()
+    assert torch.equal(step.pages, before)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 6.0e4])
+def test_a_vector_that_cannot_be_stored_reads_as_nan(poison):
+    step = Step(KVFormat(4, 2, 64), 1, 1, [5, 5], 16)
+    step.k[2] = poison if poison != 6.0e4 else poison * (torch.arange(64, device=DEVICE) % 2)
+    if poison == 6.0e4:
+        step.v[2] = 0  # a large vector is stored, and a zero one
+    step.store()
+    out = step.attend()
+    assert np.isfinite(out[1]).all()
+    assert np.isnan(out[0]).all() == (poison != 6.0e4)
+
+
+@pytest.mark.parametrize("bits", [(8, 4), (3, 2), (2, 3)], ids=lambda b: f"k{b[0]}v{b[1]}")
+def test_dequantize_ranges_of_several_sequences(bits):
+    step = Step(KVFormat(*bits, 96), 2, 1, [70, 9, 33], 16)
+    step.store()
+    starts, ends = torch.tensor([3, 0, 33], dtype=torch.int32), torch.tensor([70, 9, 33], dtype=torch.int32)
+    out_starts = torch.tensor([0, 67, 76], dtype=torch.int32)
+    k_out = torch.full((80, 2, 96), torch.nan, device=DEVICE)
+    v_out = torch.full((80, 2, 96), torch.nan, device=DEVICE)
+    dequantize(
+        step.pages, step.table, starts.to(DEVICE), ends.to(DEVICE), out_starts.to(DEVICE), k_out, v_out, step.fmt, 16, 67
+    )
+    for i in range(2):
+        k, ks, v, vs = step.stored(i)
+        for codes, scales, width, out in ((k, ks, bits[0], k_out), (v, vs, bits[1], v_out)):
+            dense = reference.dequantize_rotated(codes, scales, width, Codebook.lloyd_max(96, width))
+            rows = slice(out_starts[i], out_starts[i] + ends[i] - starts[i])
+            np.testing.assert_allclose(out[rows].cpu().numpy(), dense[starts[i] : ends[i]], rtol=1e-6)
+    assert torch.isnan(k_out[76:]).all(), "rows that were not asked for stay untouched"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", FORMATS, ids=lambda b: f"k{b[0]}v{b[1]}")
+def test_byte_permutes_and_plain_loads_agree(bits):
+    step = Step(KVFormat(*bits, 128), 2, 4, [700, 64, 5], 64)
+    step.store()
+    np.testing.assert_allclose(step.attend(ptx=True), step.attend(ptx=False), rtol=0, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_graph_replay_with_changed_lengths():
+    step = Step(KVFormat(4, 2, 128), 2, 4, [300, 200], 64)
+    step.store()
+    lengths = torch.tensor(step.lengths, dtype=torch.int32, device=DEVICE)
+    out = torch.empty_like(step.q)
+    run = lambda: decode_attention(step.workspace, step.pages, step.table, lengths, out, step.fmt, 64)  # noqa: E731
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    step.lengths = [299, 17]
+    lengths.copy_(torch.tensor(step.lengths))
+    out.fill_(torch.nan)
+    graph.replay()
+    assert_close(out.float().cpu().numpy(), step.expected())
