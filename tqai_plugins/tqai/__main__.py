@@ -1,0 +1,5 @@
+import sys
+
+from tqai.cli import main
+
+sys.exit(main())
