@@ -2,8 +2,8 @@
 
 import sys
 
-import tqai
 import torch
+import tqai
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name, prompt = sys.argv[1], " ".join(sys.argv[2:]) or "Tell me about the Great Wall of China."

@@ -5,10 +5,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tqai_plugins.core import reference  # noqa: E402
-from tqai_plugins.core.codebook import SEARCH, Codebook  # noqa: E402
-from tqai_plugins.core.rotation import Rotation  # noqa: E402
-from tqai_plugins.torch_kernels import codec  # noqa: E402
+from tqai_plugins.core import reference
+from tqai_plugins.core.codebook import SEARCH, Codebook
+from tqai_plugins.core.rotation import Rotation
+from tqai_plugins.torch_kernels import codec
 
 HEAD_DIMS = (8, 9, 64, 80, 96, 100, 112, 128, 192, 256, 512)
 TIE = 2**-16

@@ -52,6 +52,11 @@ class CacheOptions:
             raise ValueError(f"cache_strategy is {self.cache_strategy!r}; allowed are {', '.join(STRATEGIES)}")
         if self.backend not in (None, "auto", "torch"):
             raise ValueError(f"backend is {self.backend!r}; a transformers model takes 'torch' or 'auto'")
+        try:
+            torch.device(self.device or "cpu")
+        except (RuntimeError, TypeError) as error:
+            message = f"device is {self.device!r}; expected the model's, e.g. 'cpu' or 'cuda:0', or None"
+            raise ValueError(message) from error
         if self.use_qjl is not False:
             raise ValueError(
                 f"use_qjl is {self.use_qjl!r}; only False is allowed: with its sketch the same bytes were measured "

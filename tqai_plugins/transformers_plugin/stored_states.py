@@ -41,13 +41,15 @@ class StoredStates(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if function is torch.nn.functional.scaled_dot_product_attention:
-            found = _attention(*args, **(kwargs or {}))
+            found = _attention(*args, **kwargs)
             if found is not None:
                 return found
+        if function.__name__ != "__get__":  # shape, dtype and the like need no numbers
             args, kwargs = _dense((args, kwargs))
         with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+            return function(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
