@@ -1,0 +1,155 @@
+"""Golden vectors: the bytes that every backend must write for known inputs.
+
+    from golden_vectors import assert_matches, load
+
+tests/golden/d<head_dim>.json holds, for each width, rows of [seed, exponent, codes, scale]: the input as
+`vector` makes it, its packed codes and its float16 scale (little-endian), both in hex. No row is near a tie
+(see `is_tied`), so there is nothing to round differently. After a change of FORMAT_VERSION, and only then:
+
+    python tests/golden_vectors.py
+"""
+
+import functools
+import json
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+
+from tqai_plugins.core import reference
+from tqai_plugins.core.bit_packing import unpack
+from tqai_plugins.core.codebook import SEARCH, TOP, Codebook
+from tqai_plugins.core.kv_format import FORMAT_VERSION, SCALE_DENOMINATOR, SERVED_WIDTHS, packed_bytes
+from tqai_plugins.core.rotation import Rotation, splitmix64
+
+FOLDER = Path(__file__).with_name("golden")
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+CASES = [(d, b) for d in HEAD_DIMS for b in SERVED_WIDTHS] + [(100, b) for b in (1, 5, 6, 7)]
+# Powers of two: ordinary, small, a subnormal scale, a scale of zero, a vector too small to square, zeros, huge.
+EXPONENTS = (0, 0, 0, 0, 0, 0, 3, -6, -17, -40, -70, None, 12)
+TIE = 2.0**-16  # the tie rule of reference.encode
+
+
+def vector(seed: int, exponent: int | None, head_dim: int) -> np.ndarray:
+    """float32 [head_dim], bell-shaped, in whole numbers from splitmix64: the same in every language.
+
+    Each number is the sum of the four 16-bit fields of a random word, less its mean, times
+    2^(exponent - 16); with an odd seed coordinate `seed % head_dim` is an outlier, 32 times as large.
+    An exponent of None makes zeros.
+    """
+    if exponent is None:
+        return np.zeros(head_dim, np.float32)
+    words = islice(splitmix64(seed), head_dim)
+    x = np.array([sum(word >> shift & 0xFFFF for shift in (0, 16, 32, 48)) - 131070 for word in words], np.float32)
+    if seed % 2:
+        x[seed % head_dim] *= 32
+    return np.ldexp(x, exponent - 16).astype(np.float32)
+
+
+def load(head_dim: int, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x float32 [n, head_dim], its packed codes uint8 [n, packed_bytes], its scales float16 [n]."""
+    stored = json.loads((FOLDER / f"d{head_dim}.json").read_text())
+    assert stored["format_version"] == FORMAT_VERSION, "golden vectors of another format: make them anew"
+    seeds, exponents, codes, scales = zip(*stored["rows"][str(bits)], strict=True)
+    x = np.stack([vector(seed, exponent, head_dim) for seed, exponent in zip(seeds, exponents, strict=True)])
+    packed = np.frombuffer(bytes.fromhex("".join(codes)), np.uint8)
+    return x, packed.reshape(len(x), -1), np.frombuffer(bytes.fromhex("".join(scales)), "<f2")
+
+
+def assert_matches(x, bits: int, packed, scales) -> None:
+    """A backend's codes and scales of x [..., head_dim] are the reference's, or differ by the tie rule.
+
+    The codes are equal, or those of a grid as good as the best up to TIE, in which a coordinate within
+    TIE of a boundary may lie on either side; the scale is within one float16 of the one these codes ask for.
+    """
+    x = np.asarray(x, np.float32)
+    x = x.reshape(-1, x.shape[-1])
+    packed, scales = np.asarray(packed).reshape(len(x), -1), np.asarray(scales).reshape(-1)
+    assert (packed.dtype, scales.dtype) == (np.uint8, np.float16)
+    assert packed.shape == (len(x), packed_bytes(x.shape[-1], bits)) and len(scales) == len(x)
+    codes, worth = reference.quantize(x, bits, on_invalid="flag")
+    for i in range(len(x)):
+        if np.array_equal(codes[i], packed[i]):
+            expected = worth[i]
+        else:
+            levels = _excused_by_a_tie(x[i], bits, packed[i])
+            assert levels is not None, f"vector {i}: codes differ from the reference's and no tie explains it"
+            expected = np.float16(levels[0] / levels[1] * SCALE_DENOMINATOR)
+        if np.isnan(expected):
+            assert np.isnan(scales[i]), f"vector {i}: scale is {scales[i]}, expected NaN"
+        else:
+            off = abs(int(expected.view(np.int16)) - int(scales[i].view(np.int16)))
+            assert off <= 1, f"vector {i}: scale is {scales[i]!r}, expected {expected!r} or its neighbour"
+
+
+def _grids(x: np.ndarray, bits: int):
+    """In float64: |R x| on each grid of the search [grids, head_dim], their codes' magnitudes, their cosines^2."""
+    book = Codebook.lloyd_max(x.size, bits)
+    size = np.abs(reference.rotate(x, Rotation(x.size)).astype(np.float64))
+    if bits == 8:
+        steps = size.max(keepdims=True) / TOP
+    else:
+        steps = np.sqrt(np.mean(size**2)) * np.array(SEARCH) * book.unit
+    scaled = size / steps[:, None]
+    levels = np.array(book.magnitudes)[np.searchsorted(book.boundaries, scaled)]
+    return scaled, levels, (levels @ size) ** 2 / (levels**2).sum(-1) / (size**2).sum()
+
+
+def _at_boundary(scaled: np.ndarray, bits: int) -> np.ndarray:
+    """Whether each number lies within TIE of a boundary between two magnitudes."""
+    boundaries = np.array(Codebook.lloyd_max(scaled.shape[-1], bits).boundaries)
+    return (np.abs(scaled[..., None] / boundaries - 1) < TIE).any(-1)
+
+
+def is_tied(x: np.ndarray, bits: int) -> bool:
+    """Whether another grid with other codes is as good as the best, or a coordinate lies on a boundary."""
+    scaled, levels, merits = _grids(x, bits)
+    best = merits.argmax()
+    rivals = merits >= merits[best] * (1 - TIE)
+    return bool((levels[rivals] != levels[best]).any() or _at_boundary(scaled[best], bits).any())
+
+
+def _excused_by_a_tie(x: np.ndarray, bits: int, packed: np.ndarray) -> tuple[float, float] | None:
+    """(codes . R x, codes . codes) if these codes are allowed for x, else None."""
+    book, turned = Codebook.lloyd_max(x.size, bits), reference.rotate(x, Rotation(x.size)).astype(np.float64)
+    codes, half = unpack(packed, bits, x.size), 1 << (bits - 1)
+    found = np.array(book.magnitudes)[codes & (half - 1)]
+    if ((codes & half > 0) != (turned < 0)).any():
+        return None
+    scaled, levels, merits = _grids(x, bits)
+    for grid, level, merit in zip(scaled, levels, merits, strict=True):
+        differ = found != level
+        if merit >= merits.max() * (1 - TIE) and _at_boundary(grid, bits)[differ].all():
+            return float(found @ np.abs(turned)), float(found @ found)
+    return None
+
+
+def make(head_dim: int, bits: int) -> list[list]:
+    """The rows of one case: seeds counted up, passing over inputs near a tie."""
+    rows, seeds = [], count(1000 * head_dim + 100_000_000 * bits)
+    for exponent in EXPONENTS:
+        live = exponent is not None and exponent > -60
+        seed = next(s for s in seeds if not live or not is_tied(vector(s, exponent, head_dim), bits))
+        packed, scale = reference.quantize(vector(seed, exponent, head_dim), bits)
+        rows.append([seed, exponent, packed.tobytes().hex(), scale.astype("<f2").tobytes().hex()])
+    return rows
+
+
+@functools.cache
+def make_all() -> dict[str, str]:
+    """File name -> contents."""
+    files = {}
+    for head_dim in sorted({d for d, _ in CASES}):
+        widths = [b for d, b in CASES if d == head_dim]
+        rows = {
+            str(b): "[\n" + ",\n".join("  " + json.dumps(row) for row in make(head_dim, b)) + "\n]" for b in widths
+        }
+        body = ",\n".join(f'"{b}": {text}' for b, text in rows.items())
+        files[f"d{head_dim}.json"] = f'{{"format_version": {FORMAT_VERSION}, "rows": {{\n{body}\n}}}}\n'
+    return files
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in make_all().items():
+        (FOLDER / name).write_text(text)

@@ -1,0 +1,47 @@
+"""The reference, and every backend that is here, write the golden bytes."""
+
+import numpy as np
+import pytest
+from golden_vectors import CASES, FOLDER, assert_matches, load, make_all
+
+from tqai_plugins.core import reference
+from tqai_plugins.core.bit_packing import pack, unpack
+
+
+def test_the_files_are_what_the_script_makes():
+    assert {file.name: file.read_text() for file in FOLDER.glob("*.json")} == make_all()
+
+
+@pytest.mark.parametrize("head_dim, bits", CASES)
+def test_the_reference_writes_the_golden_bytes(head_dim, bits):
+    x, packed, scales = load(head_dim, bits)
+    found = reference.quantize(x, bits)
+    assert np.array_equal(found[0], packed) and np.array_equal(found[1], scales)
+
+
+@pytest.mark.parametrize("head_dim, bits", CASES)
+def test_torch_writes_the_golden_bytes(head_dim, bits):
+    torch = pytest.importorskip("torch")
+    from tqai_plugins.torch_kernels import codec
+
+    x, packed, scales = load(head_dim, bits)
+    ours, our_scales = codec.quantize(torch.from_numpy(x), bits)
+    assert np.array_equal(ours.numpy(), packed)
+    assert_matches(x, bits, ours.numpy(), our_scales.numpy())
+
+
+@pytest.mark.parametrize("head_dim, bits", [(128, b) for b in range(1, 9)])
+def test_the_comparison_takes_the_reference_and_refuses_one_wrong_code(head_dim, bits):
+    """assert_matches can fail: one code moved by one step, one sign, one scale."""
+    x = np.random.default_rng(bits).standard_normal((40, head_dim)).astype(np.float32)
+    packed, scales = reference.quantize(x, bits)
+    assert_matches(x, bits, packed, scales)
+    for flip in {1, 1 << (bits - 1)}:
+        codes = unpack(packed, bits, head_dim)
+        codes[7, 5] ^= flip
+        with pytest.raises(AssertionError, match="vector 7"):
+            assert_matches(x, bits, pack(codes, bits), scales)
+    scales = scales.copy()
+    scales[3] *= np.float16(1.01)
+    with pytest.raises(AssertionError, match="vector 3"):
+        assert_matches(x, bits, packed, scales)
