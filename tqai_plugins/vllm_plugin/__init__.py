@@ -1,0 +1,21 @@
+"""vLLM plugin: `vllm serve MODEL --kv-cache-dtype tqai`. Found through the entry point vllm.general_plugins."""
+
+from __future__ import annotations
+
+_registered = False
+
+
+def register() -> None:
+    """Teach this process' vLLM the tqai cache dtypes. Called in every process, perhaps more than once.
+
+    Nothing changes for other dtypes: the backend is used by layers whose cache dtype is a tqai name.
+    """
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from . import compat
+
+    compat.check_version()
+    compat.register_dtypes()
+    compat.register_backend()

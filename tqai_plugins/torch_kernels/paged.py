@@ -1,0 +1,100 @@
+"""Compressed pages in plain PyTorch: what the Triton kernels do, on any device, slowly."""
+
+from __future__ import annotations
+
+import torch
+from tqai_plugins.core.kv_format import KVFormat
+
+from . import codec
+
+
+def _columns(pages: torch.Tensor, fmt: KVFormat, page_tokens: int):
+    """Views of pages uint8 [..., page_bytes] by token: key codes, value codes, key and value scales."""
+    layout = fmt.page_layout(page_tokens)
+    k = pages[..., : layout.v_codes].unflatten(-1, (page_tokens, fmt.k_bytes))
+    v = pages[..., layout.v_codes : layout.k_scales].unflatten(-1, (fmt.v_bytes, page_tokens)).transpose(-1, -2)
+    scales = pages[..., layout.k_scales : layout.page_bytes]
+    k_scales, v_scales = scales.unflatten(-1, (2, page_tokens, 2)).unbind(-3)
+    return k, v, k_scales, v_scales
+
+
+def store(
+    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, fmt: KVFormat, page_tokens: int
+) -> None:
+    """Quantize key and value [tokens, kv_heads, head_dim] into pages uint8 [num_pages, kv_heads, page_bytes].
+
+    slots int [tokens] are page * page_tokens + offset, -1 to skip. A vector with NaN or infinity gets
+    the scale NaN, so that what attends to it reads as NaN.
+    """
+    kept = slots >= 0
+    page, offset = slots[kept] // page_tokens, slots[kept] % page_tokens
+    heads = torch.arange(pages.shape[1], device=pages.device)
+    at = (page[:, None], heads[None, :], offset[:, None])
+    for x, bits, codes, scales in (
+        (key, fmt.bits_k, *_columns(pages, fmt, page_tokens)[0::2]),
+        (value, fmt.bits_v, *_columns(pages, fmt, page_tokens)[1::2]),
+    ):
+        packed, worth = codec.quantize(x[kept].float(), bits, on_invalid="flag")
+        codes[at] = packed
+        scales[at] = worth[..., None].view(torch.uint8)
+
+
+def dequantize(
+    pages: torch.Tensor, block_table: torch.Tensor, start: int, end: int, fmt: KVFormat, page_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens [start, end) of one sequence as float32 K and V [tokens, kv_heads, head_dim], rotated basis.
+
+    block_table int [pages of the sequence].
+    """
+    first = start // page_tokens
+    blocks = block_table[first : -(-end // page_tokens)].long()
+    k, v, k_scales, v_scales = _columns(pages[blocks], fmt, page_tokens)
+
+    def dense(codes, scales, bits):
+        codes = codes.transpose(1, 2).flatten(0, 1)[start - first * page_tokens : end - first * page_tokens]
+        scales = scales.transpose(1, 2).flatten(0, 1)[start - first * page_tokens : end - first * page_tokens]
+        scales = scales.contiguous().view(torch.float16)[..., 0]
+        return codec.dequantize_rotated(codes.contiguous(), scales, bits, fmt.head_dim)
+
+    return dense(k, k_scales, fmt.bits_k), dense(v, v_scales, fmt.bits_v)
+
+
+def attention(
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    length: int,
+    fmt: KVFormat,
+    page_tokens: int,
+    softmax_scale: float,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of one sequence's newest tokens over its codes, their own included.
+
+    query [queries, q_heads, head_dim] are the last of `length` stored tokens; sinks [q_heads] are
+    logits without a value. Returns float32 of query's shape.
+    """
+    queries, q_heads, head_dim = query.shape
+    start = 0 if sliding_window is None else max(0, length - queries - sliding_window + 1)
+    k, v = dequantize(pages, block_table, start, length, fmt, page_tokens)
+    kv_heads = k.shape[1]
+    q = codec.rotate(query.float()).view(queries, kv_heads, q_heads // kv_heads, head_dim)
+    score = torch.einsum("qhgd,thd->hgqt", q, k) * softmax_scale
+    if soft_cap:
+        score = soft_cap * torch.tanh(score / soft_cap)
+    token = torch.arange(start, length, device=query.device)
+    last = torch.arange(length - queries, length, device=query.device)[:, None]
+    hidden = token > last
+    if sliding_window is not None:
+        hidden |= token <= last - sliding_window
+    score = score.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        extra = sinks.float().view(kv_heads, -1, 1, 1).expand(-1, -1, queries, 1)
+        weights = torch.cat([score, extra], -1).softmax(-1)[..., :-1]
+    else:
+        weights = score.softmax(-1)
+    out = torch.einsum("hgqt,thd->qhgd", weights, v).reshape(queries, q_heads, head_dim)
+    return codec.rotate_back(out)

@@ -1,0 +1,148 @@
+"""Every line that depends on vLLM's version, each naming the range it serves."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import get_args
+
+from tqai_plugins.core.kv_format import SERVED_NAMES, KVFormat, is_tqai, parse_name
+
+OLDEST, NEWEST = (0, 26), (0, 33)
+OVERRIDE = "TQAI_VLLM_ANY_VERSION"
+
+
+def check_version() -> None:
+    """RuntimeError for a vLLM that this plugin was not written for."""
+    import vllm
+
+    try:
+        found = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
+    except ValueError:
+        found = None
+    if found is None or not OLDEST <= found <= NEWEST:
+        if os.environ.get(OVERRIDE) != "1":
+            raise RuntimeError(
+                f"tqai supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, this is {vllm.__version__}; "
+                f"install a supported release, uninstall tqai, or set {OVERRIDE}=1 to try"
+            )
+
+
+def register_dtypes() -> None:
+    import vllm.config.cache as cache_config
+
+    if hasattr(cache_config, "register_kv_cache_dtype"):  # 0.33 on: the official hook
+        import torch
+        from vllm.v1.kv_cache_interface import KVQuantMode
+
+        for name in SERVED_NAMES:
+            handler = {
+                "name": name,
+                "torch_dtype": lambda self: torch.uint8,
+                # CUSTOM is an alias of another mode in 0.33.0; we know our layers by their dtype.
+                "quant_mode": lambda self: KVQuantMode.NONE,
+            }
+            cache_config.register_kv_cache_dtype(name)(type("TqaiDtype", (), handler))
+    else:
+        _extend_literal(cache_config)
+
+
+def _extend_literal(cache_config) -> None:
+    """0.26 to 0.32: cache dtypes are one Literal that argparse, pydantic and the selector all read."""
+    import torch
+    import vllm.config.vllm as vllm_config
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    literal = cache_config.CacheDType
+    literal.__args__ = (*get_args(literal), *(name for name in SERVED_NAMES if name not in get_args(literal)))
+    for name in SERVED_NAMES:
+        STR_DTYPE_TO_TORCH_DTYPE.setdefault(name, torch.uint8)
+    rebuild_dataclass(cache_config.CacheConfig, force=True)
+    rebuild_dataclass(vllm_config.VllmConfig, force=True)
+    arguments = sys.modules.get("vllm.engine.arg_utils")
+    if arguments is not None and hasattr(arguments, "_compute_kwargs"):
+        arguments._compute_kwargs.cache_clear()
+
+
+def register_backend() -> None:
+    """Take the place of the backend that serves unknown dtypes; it stays behind ours for its own."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if current_platform.is_cpu():
+        register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.cpu_backend.Backend")
+    else:
+        register_backend(AttentionBackendEnum.TURBOQUANT, f"{__package__}.attention_backend.Backend")
+    _patch_spec()
+
+
+def _patch_spec() -> None:
+    """0.26 and 0.27: the page size is decided in Attention.get_kv_cache_spec, by dtype name."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    if hasattr(AttentionBackend, "customize_spec"):
+        return
+    from vllm.model_executor.layers.attention.attention import Attention
+
+    stock = Attention.get_kv_cache_spec
+
+    def get_kv_cache_spec(self, vllm_config):
+        if not is_tqai(self.kv_cache_dtype):
+            return stock(self, vllm_config)
+        from vllm.v1.kv_cache_interface import TQFullAttentionSpec
+
+        return TQFullAttentionSpec(
+            block_size=vllm_config.cache_config.block_size,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            head_size_v=self.head_size,
+            dtype=self.kv_cache_torch_dtype,
+            tq_slot_size=KVFormat.from_name(self.kv_cache_dtype, self.head_size).slot_bytes,
+        )
+
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+# The dtype of this process' tqai layers, for hooks that vLLM calls without a config at hand.
+_active: str | None = None
+
+
+def set_active(name: str) -> None:
+    global _active
+    parse_name(name)
+    _active = name
+
+
+def active_format(head_dim: int) -> KVFormat:
+    """The format of this process' tqai layers."""
+    import vllm.config as config
+
+    current = getattr(config, "get_current_vllm_config_or_none", lambda: None)()
+    name = _active
+    if current is not None and current.cache_config is not None and is_tqai(current.cache_config.cache_dtype):
+        name = current.cache_config.cache_dtype
+    if name is None:
+        raise RuntimeError("tqai was asked for a page size before any tqai layer exists; please report this")
+    return KVFormat.from_name(name, head_dim)
+
+
+def is_tqai_spec(spec) -> bool:
+    """0.28 on: whether a KVCacheSpec belongs to one of our layers (uint8 without a known quantization)."""
+    import torch
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    return spec.dtype == torch.uint8 and spec.kv_quant_mode == KVQuantMode.NONE
+
+
+def customize_spec(spec):
+    """0.28 on: the spec with our bytes a token."""
+    from dataclasses import replace
+
+    return replace(spec, state_content_bytes=active_format(spec.head_size).slot_bytes)
+
+
+def query_token_limit(vllm_config) -> int:
+    """Query tokens of one request in a decode step: 1, or more where speculative tokens are verified."""
+    speculative = vllm_config.speculative_config
+    return 1 + (getattr(speculative, "num_speculative_tokens", 0) or 0 if speculative else 0)
