@@ -24,7 +24,7 @@ def test_torch_writes_the_golden_bytes(head_dim, bits):
     torch = pytest.importorskip("torch")
     from tqai_plugins.torch_kernels import codec
 
-    x, packed, scales = load(head_dim, bits)
+    x, packed, _ = load(head_dim, bits)
     ours, our_scales = codec.quantize(torch.from_numpy(x), bits)
     assert np.array_equal(ours.numpy(), packed)
     assert_matches(x, bits, ours.numpy(), our_scales.numpy())

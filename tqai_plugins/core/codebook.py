@@ -12,7 +12,7 @@ import importlib.resources
 import json
 from dataclasses import dataclass
 
-from .kv_format import HEAD_DIMS, SERVED_WIDTHS, check_width
+from .kv_format import SERVED_WIDTHS, check_head_dim, check_width
 
 TOP = 127.5  # the largest magnitude an int8 can stand for: see Codebook
 
@@ -62,8 +62,7 @@ def _tables() -> dict:
 @functools.lru_cache(None)
 def _lloyd_max(head_dim: int, bits: int) -> Codebook:
     check_width("bits", bits)
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head_dim is {head_dim!r}; allowed are the whole numbers 8 to 512")
+    check_head_dim(head_dim)
     entry = _tables().get(f"{head_dim}/{bits}")
     if entry is None:
         from .solve_codebook import solve  # numpy is needed only here

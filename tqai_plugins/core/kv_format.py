@@ -35,6 +35,11 @@ def check_width(name: str, bits: int) -> None:
         raise ValueError(f"{name} is {bits!r}; allowed are the whole numbers 1 to 8")
 
 
+def check_head_dim(head_dim: int) -> None:
+    if type(head_dim) is not int or head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim is {head_dim!r}; allowed are the whole numbers 8 to 512")
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Byte offsets inside one page: `page_tokens` tokens of one KV head.
@@ -69,8 +74,7 @@ class KVFormat:
     def __post_init__(self) -> None:
         check_width("bits_k", self.bits_k)
         check_width("bits_v", self.bits_v)
-        if type(self.head_dim) is not int or self.head_dim not in HEAD_DIMS:
-            raise ValueError(f"head_dim is {self.head_dim!r}; allowed are the whole numbers 8 to 512")
+        check_head_dim(self.head_dim)
 
     @classmethod
     def from_name(cls, name: str, head_dim: int) -> KVFormat:

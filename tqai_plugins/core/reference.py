@@ -8,7 +8,7 @@ import numpy as np
 
 from .bit_packing import pack, unpack
 from .codebook import SEARCH, TOP, Codebook
-from .kv_format import SCALE_DENOMINATOR, KVFormat, packed_bytes
+from .kv_format import SCALE_DENOMINATOR, KVFormat
 from .rotation import Rotation, block_norm
 
 SCALES = ("least_squares", "exact_norm", "norm")

@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .kv_format import check_head_dim
+
 KINDS = ("hadamard", "haar")
 SEED = 0x7467_6169  # part of what stored bytes mean: see kv_format.FORMAT_VERSION
 
@@ -38,6 +40,7 @@ class Rotation:
     seed: int = SEED
 
     def __post_init__(self) -> None:
+        check_head_dim(self.head_dim)
         if self.kind not in KINDS:
             raise ValueError(f"rotation is {self.kind!r}; allowed are {', '.join(KINDS)}")
 

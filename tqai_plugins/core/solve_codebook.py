@@ -68,15 +68,26 @@ def lloyd_max_levels(head_dim: int, bits: int) -> np.ndarray:
 
 
 def _fit(head_dim: int, magnitudes: np.ndarray) -> tuple[float, float]:
-    """The best worth of one step of these magnitudes, and the mean squared error with it."""
+    """The best worth of one step of these magnitudes, and the mean squared error with it.
+
+    The cells depend on the unit and the best unit on the cells: a fixed point, found by the secant rule.
+    """
     top = min(math.sqrt(head_dim), 12.0)
-    unit = 2.7 / magnitudes[-1]
-    for _ in range(300):  # cells depend on the unit and the unit on the cells
-        edges = np.concatenate([[0], (magnitudes[1:] + magnitudes[:-1]) / 2 * unit, [top]])
-        mass, moment = _cells(head_dim, edges)
-        previous, unit = unit, (moment * magnitudes).sum() / (mass * magnitudes**2).sum()
-        if abs(unit - previous) < 1e-14:
+
+    def refit(unit: float) -> tuple[float, np.ndarray, np.ndarray]:
+        inner = (magnitudes[1:] + magnitudes[:-1]) / 2 * unit
+        mass, moment = _cells(head_dim, np.concatenate([[0], inner, [top]]))
+        return (moment * magnitudes).sum() / (mass * magnitudes**2).sum(), mass, moment
+
+    before = 2.7 / magnitudes[-1]
+    unit = refit(before)[0]
+    gap_before = unit - before
+    for _ in range(50):
+        fitted, mass, moment = refit(unit)
+        gap = fitted - unit
+        if abs(gap) < 1e-13 or gap == gap_before:
             break
+        before, unit, gap_before = unit, unit - gap * (unit - before) / (gap - gap_before), gap
     error = 1 - (2 * moment * magnitudes * unit - mass * (magnitudes * unit) ** 2).sum() / mass.sum()
     return float(unit), float(error)
 
@@ -109,7 +120,7 @@ def solve(head_dim: int, bits: int) -> dict:
         return {"magnitudes": [m + 0.5 for m in range(128)], "unit": 0.0}
     levels = lloyd_max_levels(head_dim, bits)
     magnitudes = _on_grid(head_dim, levels) if bits in SERVED_WIDTHS else levels / levels[-1] * TOP
-    unit, _ = _fit(head_dim, magnitudes)
+    unit = _fit(head_dim, magnitudes)[0]
     return {"magnitudes": [round(float(m), 6) for m in magnitudes], "unit": round(unit, 9)}
 
 
