@@ -1,31 +1,32 @@
-"""The `tqai` command: one module a command, each with add_parser(subparsers) and run(args) -> int."""
+"""The `tqai` command.
+
+Each module of this folder is a command with add_parser(subparsers) and run(args) -> int; those called
+benchmark_<name> make `tqai benchmark <name>`, those that begin with an underscore are no commands.
+They import torch and the like only in run(), so that `tqai --help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.metadata
 import json
+import pkgutil
 import sys
-
-COMMANDS = ("info",)
-BENCHMARKS = ("codec",)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Every command's parser. Command modules import torch and the like only in run()."""
+    """The parsers of all commands."""
     parser = argparse.ArgumentParser(prog="tqai", description="TurboQuant KV caches: measure, run, compare.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(metavar="COMMAND")
-    _add(commands, __name__ + ".", COMMANDS)
     benchmark = commands.add_parser("benchmark", help="measure the codec, kernels, quality or serving speed")
-    _add(benchmark.add_subparsers(metavar="WHAT", required=True), __name__ + ".benchmark_", BENCHMARKS)
+    benchmarks = benchmark.add_subparsers(metavar="WHAT", required=True)
+    for name in sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name[0] != "_"):
+        module = importlib.import_module(f"{__name__}.{name}")
+        group = benchmarks if name.startswith("benchmark_") else commands
+        module.add_parser(group).set_defaults(run=module.run)
     return parser
-
-
-def _add(subparsers, prefix: str, names: tuple[str, ...]) -> None:
-    for name in names:
-        module = importlib.import_module(prefix + name)
-        module.add_parser(subparsers).set_defaults(run=module.run)
 
 
 def emit(args: argparse.Namespace, data: dict, show) -> None:
@@ -50,18 +51,28 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.version:
-        from tqai import __version__
-
-        print(f"tqai {__version__}")
-        return 0
-    if not hasattr(args, "run"):
-        parser.print_help()
-        return 2
     try:
+        if args.version:
+            from tqai import __version__
+
+            print(f"tqai {__version__}")
+            return 0
+        if not hasattr(args, "run"):
+            parser.print_help(sys.stderr)
+            return 2
         return args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"tqai: {error}", file=sys.stderr)
-        return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = None
+        return 0
+    except importlib.metadata.PackageNotFoundError as error:
+        message = f"{error}; install tqai with pip to have one"
+    except ModuleNotFoundError as error:
+        message = f"{error}; commands need: pip install 'tqai[demo]'"
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+    except (ValueError, ImportError) as error:
+        message = str(error)
     except KeyboardInterrupt:
         return 130
+    print(f"tqai: {' '.join(message.split())}", file=sys.stderr)
+    return 2
