@@ -1,10 +1,11 @@
-"""Shared by all tests: no network, Triton's interpreter where there is no GPU."""
+"""Shared by all tests: no network, Triton's interpreter where there is no GPU, skips with their reason."""
 
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
 try:
     import torch
@@ -16,8 +17,15 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
 
+NEEDS = {
+    "cuda": (CUDA, "needs a CUDA device; none is here"),
+    "vllm": (importlib.util.find_spec("vllm"), "needs vLLM; it is not installed here"),
+    "mlx": (importlib.util.find_spec("mlx_lm"), "needs mlx-lm; it is not installed here"),
+}
+
+
 def pytest_collection_modifyitems(items):
-    skip = pytest.mark.skip(reason="needs a CUDA device; none is here")
     for item in items:
-        if "cuda" in item.keywords and not CUDA:
-            item.add_marker(skip)
+        for marker, (here, reason) in NEEDS.items():
+            if marker in item.keywords and not here:
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,6 +1,7 @@
 """Imports go core <- kernels <- runtime plugins <- tqai, and the wheel holds what it should."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -25,26 +26,33 @@ def package_folders(root: Path) -> dict[str, Path]:
     return found | {p.parent.name: p.parent for p in (root / "tqai_plugins").glob("*/__init__.py")}
 
 
+def import_name(folder: str) -> str:
+    return "tqai" if folder == "tqai" else f"tqai_plugins.{folder}"
+
+
+def imports(file: Path, package: list[str]):
+    """Every module that a file of `package` imports anywhere, by its full name; relative ones are resolved."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
 def violations(root: Path) -> list[str]:
     """Imports that point up or sideways, as 'file: module'."""
     found = []
     for name, folder in package_folders(root).items():
         for file in folder.rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                modules = []
-                if isinstance(node, ast.Import):
-                    modules = [alias.name for alias in node.names]
-                elif isinstance(node, ast.ImportFrom) and node.level == 0:
-                    modules = [f"{node.module}.{alias.name}" for alias in node.names]
-                for module in modules:
-                    parts = module.split(".")
-                    target = parts[1] if parts[0] == "tqai_plugins" and len(parts) > 1 else parts[0]
-                    if name == "core" and parts[0] in HEAVY:
-                        found.append(f"{file.relative_to(root)}: {module}")
-                    if target in LEVEL and target != name:
-                        sideways = LEVEL[target] == LEVEL[name] and not (name == "tqai")
-                        if LEVEL[target] > LEVEL[name] or sideways:
-                            found.append(f"{file.relative_to(root)}: {module}")
+            package = [*import_name(name).split("."), *file.parent.relative_to(folder).parts]
+            for module in imports(file, package):
+                first, second = [*module.split("."), ""][:2]
+                target = second if first == "tqai_plugins" else first
+                points_up = target in LEVEL and target != name and LEVEL[target] >= LEVEL[name]
+                if points_up or (name == "core" and first in HEAVY):
+                    found.append(f"{file.relative_to(root)}: {module}")
     return found
 
 
@@ -67,6 +75,9 @@ def test_imports_point_down():
     [
         ("tqai_plugins/core/rotation.py", "import torch"),
         ("tqai_plugins/core/codebook.py", "from tqai_plugins.torch_kernels import codec"),
+        ("tqai_plugins/core/codebook.py", "from ..torch_kernels import codec"),
+        ("tqai_plugins/core/codebook.py", "def f():\n    from .. import transformers_plugin"),
+        ("tqai_plugins/transformers_plugin/kv_cache.py", "from ..vllm_plugin.compat import OLDEST"),
         ("triton_kernels/merge.py", "from tqai_plugins.torch_kernels import codec"),
         ("tqai_plugins/vllm_plugin/__init__.py", "import tqai"),
     ],
@@ -81,25 +92,48 @@ def test_every_package_folder_is_installed():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     present = {"tqai_plugins"}
     for name, folder in package_folders(ROOT).items():
-        root = "tqai" if name == "tqai" else f"tqai_plugins.{name}"
         for init in folder.rglob("__init__.py"):
-            present.add(".".join([root, *init.parent.relative_to(folder).parts]))
+            present.add(".".join([import_name(name), *init.parent.relative_to(folder).parts]))
     assert present == listed
 
 
-def test_the_wheel_has_no_top_level_kernels(tmp_path):
-    source = copy_sources(tmp_path / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, source]
-    subprocess.run(list(map(str, command)), check=True)
-    names = zipfile.ZipFile(next(tmp_path.glob("tqai-*.whl"))).namelist()
-    assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"tqai", "tqai_plugins"}
-    assert "tqai_plugins/core/codebook_tables.json" in names
-    assert "tqai_plugins/triton_kernels/decode_attention.py" in names
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this checkout, unpacked."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = copy_sources(folder / "source")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    zipfile.ZipFile(next(folder.glob("tqai-*.whl"))).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_has_no_top_level_kernels(wheel):
+    assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"tqai", "tqai_plugins"}
+    assert not (wheel / "tqai_plugins" / "tqai").exists()
+    assert (wheel / "tqai_plugins/core/codebook_tables.json").is_file()
+
+
+def test_wheel_and_checkout_have_the_same_modules(wheel):
+    in_wheel = {".".join(path.relative_to(wheel).with_suffix("").parts) for path in wheel.rglob("*.py")}
+    in_checkout = {"tqai_plugins.__init__"} | {
+        ".".join([import_name(name), *path.relative_to(folder).with_suffix("").parts])
+        for name, folder in package_folders(ROOT).items()
+        for path in folder.rglob("*.py")
+    }
+    assert in_wheel == in_checkout
+    modules = sorted(name.removesuffix(".__init__") for name in in_wheel)
+    code = f"from importlib.util import find_spec; print([m for m in {modules} if find_spec(m) is None])"
+    for folder, path in (("/", wheel), (ROOT, f"{ROOT}:{ROOT / 'tqai_plugins'}"), (ROOT, wheel)):
+        environment = os.environ | {"PYTHONPATH": str(path)}
+        run = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
+        assert subprocess.run([sys.executable, "-c", code], check=True, **run).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("name", ["triton_kernels", "metal_kernels"])
 def test_kernels_are_not_importable_from_the_checkout_by_their_folder_name(name):
-    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode and f"tqai_plugins.{name}" in done.stderr
 
 
