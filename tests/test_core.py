@@ -172,6 +172,14 @@ def test_packing_round_trips_at_every_width(head_dim, bits, seed):
     np.testing.assert_array_equal(bit_packing.unpack(packed, bits, head_dim), codes)
 
 
+def test_signs_of_three_bits_lie_where_the_rule_says():
+    for coordinate, byte, bit in ((0, 0, 2), (3, 0, 7), (5, 1, 3), (16, 0, 0), (30, 3, 4), (32, 4, 2), (63, 7, 5)):
+        codes = np.zeros(64, np.uint8)
+        codes[coordinate] = 4
+        packed = bit_packing.pack(codes, 3)
+        assert packed[16 + byte] == 1 << bit and np.count_nonzero(packed) == 1
+
+
 def test_every_code_bit_has_a_place_of_its_own():
     """No two code bits share a packed bit, whatever the width."""
     for bits in range(1, 9):

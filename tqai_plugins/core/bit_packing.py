@@ -5,11 +5,15 @@ A code of b bits is a sign bit (the top one) and a magnitude index.
 1, 2, 4 bits   little-endian fields: coordinate i fills bits b*i to b*i + b - 1 of the vector.
                Nibbles are selectors of the GPU's byte permute as they are.
 8 bits         one int8 a coordinate: m, or ~m under a negative sign, as the matrix unit reads it.
-3 bits         a plane of 2-bit magnitudes as above, then a plane of signs, padded to groups of 32
-               coordinates: 8 bytes of magnitudes, 4 of signs. Sign byte i of a group serves magnitude
-               byte i with its bits 2 3 6 7 (one a coordinate) and magnitude byte i + 4 with its bits
-               0 1 4 5. Shifted by at most two places a sign then lies above its magnitude, and both
-               make a byte permute's selector.
+3 bits         groups of 32 coordinates, the last one filled up with zeros: first the 2-bit magnitudes of
+               all groups as above (8 bytes a group, coordinates 4 i to 4 i + 3 in byte i), then the signs
+               of all groups (4 bytes a group). Sign byte i of a group, i = 0 to 3, holds
+
+                   coordinates 4 i to 4 i + 3              in its bits 2 3 6 7, one a coordinate,
+                   coordinates 4 (i + 4) to 4 (i + 4) + 3  in its bits 0 1 4 5.
+
+               Shifted by at most two places a sign then lies above its magnitude, and both make a
+               byte permute's selector.
 5, 6, 7 bits   a little-endian bit string; read by the reference and transformers only.
 """
 
