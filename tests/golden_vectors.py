@@ -60,7 +60,8 @@ def assert_matches(x, bits: int, packed, scales) -> None:
     """A backend's codes and scales of x [..., head_dim] are the reference's, or differ by the tie rule.
 
     The codes are equal, or those of a grid as good as the best up to TIE, in which a coordinate within
-    TIE of a boundary may lie on either side; the scale is within one float16 of the one these codes ask for.
+    TIE of a boundary, or TIE of the root mean square around zero, may lie on either side; the scale is within
+    one float16 of the one these codes ask for.
     """
     x = np.asarray(x, np.float32)
     x = x.reshape(-1, x.shape[-1])
@@ -101,12 +102,17 @@ def _at_boundary(scaled: np.ndarray, bits: int) -> np.ndarray:
     return (np.abs(scaled[..., None] / boundaries - 1) < TIE).any(-1)
 
 
+def _at_zero(turned: np.ndarray) -> np.ndarray:
+    return np.abs(turned) < TIE * np.sqrt(np.mean(turned**2))
+
+
 def is_tied(x: np.ndarray, bits: int) -> bool:
-    """Whether another grid with other codes is as good as the best, or a coordinate lies on a boundary."""
+    """Whether another grid with other codes is as good as the best, or a coordinate lies on a boundary or on zero."""
     scaled, levels, merits = _grids(x, bits)
     best = merits.argmax()
     rivals = merits >= merits[best] * (1 - TIE)
-    return bool((levels[rivals] != levels[best]).any() or _at_boundary(scaled[best], bits).any())
+    on_edge = _at_boundary(scaled[best], bits) | _at_zero(scaled[best])
+    return bool((levels[rivals] != levels[best]).any() or on_edge.any())
 
 
 def _excused_by_a_tie(x: np.ndarray, bits: int, packed: np.ndarray) -> tuple[float, float] | None:
@@ -114,13 +120,13 @@ def _excused_by_a_tie(x: np.ndarray, bits: int, packed: np.ndarray) -> tuple[flo
     book, turned = Codebook.lloyd_max(x.size, bits), reference.rotate(x, Rotation(x.size)).astype(np.float64)
     codes, half = unpack(packed, bits, x.size), 1 << (bits - 1)
     found = np.array(book.magnitudes)[codes & (half - 1)]
-    if ((codes & half > 0) != (turned < 0)).any():
+    if (((codes & half > 0) != (turned < 0)) & ~_at_zero(turned)).any():
         return None
     scaled, levels, merits = _grids(x, bits)
     for grid, level, merit in zip(scaled, levels, merits, strict=True):
         differ = found != level
         if merit >= merits.max() * (1 - TIE) and _at_boundary(grid, bits)[differ].all():
-            return float(found @ np.abs(turned)), float(found @ found)
+            return float(found @ np.abs(turned)), float(found @ found)  # signs may differ only where it is no matter
     return None
 
 

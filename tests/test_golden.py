@@ -6,6 +6,7 @@ from golden_vectors import CASES, FOLDER, assert_matches, load, make_all
 
 from tqai_plugins.core import reference
 from tqai_plugins.core.bit_packing import pack, unpack
+from tqai_plugins.core.kv_format import SERVED_WIDTHS, KVFormat
 
 
 def test_the_files_are_what_the_script_makes():
@@ -28,6 +29,29 @@ def test_torch_writes_the_golden_bytes(head_dim, bits):
     ours, our_scales = codec.quantize(torch.from_numpy(x), bits)
     assert np.array_equal(ours.numpy(), packed)
     assert_matches(x, bits, ours.numpy(), our_scales.numpy())
+
+
+@pytest.mark.parametrize("head_dim, bits", [(d, b) for d, b in CASES if b in SERVED_WIDTHS])
+def test_triton_writes_the_golden_bytes(head_dim, bits):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    from tqai_plugins.triton_kernels.prepare import prepare
+    from tqai_plugins.triton_kernels.workspace import Workspace
+
+    x, packed, _ = load(head_dim, bits)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fmt, key = KVFormat(bits, bits, head_dim), torch.from_numpy(x)[:, None].to(device)
+    layout = fmt.page_layout(16)
+    pages = torch.zeros(1, 1, layout.page_bytes, dtype=torch.uint8, device=device)
+    slots = torch.arange(len(x), device=device)
+    prepare(None, key, key, pages, slots, Workspace.allocate(1, 1, head_dim, 1, device), fmt, 16, 1.0)
+    page = pages.cpu().numpy()[0, 0]
+    keys = page[: layout.v_codes].reshape(16, -1)[: len(x)]
+    values = page[layout.v_codes : layout.k_scales].reshape(-1, 16).T[: len(x)]
+    found = page[layout.k_scales :].view(np.float16).reshape(2, 16)[:, : len(x)]
+    assert np.array_equal(keys, packed) and np.array_equal(values, packed)
+    assert_matches(x, bits, keys, found[0])
+    assert_matches(x, bits, values, found[1])
 
 
 @pytest.mark.parametrize("head_dim, bits", [(128, b) for b in range(1, 9)])

@@ -64,9 +64,10 @@ def encode(
     """Codes uint8 [..., head_dim] and float32 scales [...] for rotated vectors y.
 
     With `search` every grid of codebook.SEARCH is tried and the one whose codes point closest to y
-    is kept, the first of equals. Tie rule for other backends: a coordinate within one part in 2^16
-    of a boundary may take either neighbour, and a grid whose cosine is within one part in 2^16 of
-    the best may be chosen.
+    is kept, the first of equals. Tie rule for other backends, 2^-16 of leeway for float32 sums in
+    another order: a coordinate within one part in 2^16 of a boundary may take either neighbour, one
+    within 2^-16 of the root mean square of zero either sign, and a grid whose squared cosine is
+    within one part in 2^16 of the best may be chosen.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; allowed are {', '.join(SCALES)}")
