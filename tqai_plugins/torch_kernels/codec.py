@@ -1,7 +1,7 @@
 """Quantize and dequantize in plain PyTorch on any device; the codes are core.reference's.
 
-Reading packed codes is one table look-up of up to 65,536 rows for each stored word: on a CPU that is
-several times faster than shifts and masks, and needs no temporary besides the word numbers.
+Reading packed codes is one table look-up for each stored byte. Tables of 16-bit words would take half the
+look-ups, but the model's weights push them out of the CPU's caches between two layers.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ def _signs(rotation: Rotation, device: torch.device) -> torch.Tensor:
 
 
 @_constant
-def matrix(rotation: Rotation, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """R [head_dim, head_dim] with rotate(x) = x @ R.T, up to rounding: one product instead of log2(head_dim) passes."""
-    return torch.tensor(rotation_matrix(rotation), dtype=dtype, device=device)
+def matrix(rotation: Rotation, device: torch.device) -> torch.Tensor:
+    """R [head_dim, head_dim], float32: rotate(x) is x @ R.T up to rounding, in one step where bits do not matter."""
+    return torch.tensor(rotation_matrix(rotation), device=device)
+
+
+@_constant
+def level_matrix(rotation: Rotation, device: torch.device) -> torch.Tensor:
+    """R / SCALE_DENOMINATOR: dequantize is levels @ level_matrix * scales up to rounding."""
+    return matrix(rotation, device) / SCALE_DENOMINATOR
 
 
 def _hadamard(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
@@ -178,22 +184,22 @@ def _level_of(head_dim: int, bits: int) -> torch.Tensor:
     return torch.cat([magnitudes, -magnitudes])
 
 
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _as_words(codes: np.ndarray, head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    """Rows of codes [words, levels a word] -> their int8 levels, less the one half, as one number a row.
+    """Rows of codes [rows, levels a row] -> their int8 levels, less the one half, as one whole number a row.
 
-    Looking up whole numbers instead of rows of a matrix is three times faster on a CPU.
+    Looking up numbers instead of rows of a matrix is three times faster on a CPU.
     """
     integers = (_level_of(head_dim, bits) - 0.5).to(torch.int8)[torch.from_numpy(codes).long()]
     return integers.view(_WORDS[codes.shape[1]]).flatten().to(device)
 
 
 @_constant
-def _word_table(head_dim: int, bits: int, word_bytes: int, device: torch.device) -> torch.Tensor:
-    words = np.arange(256**word_bytes, dtype=f"<u{word_bytes}").view(np.uint8).reshape(-1, word_bytes)
-    return _as_words(bit_packing.unpack(words, bits, 8 * word_bytes // bits), head_dim, bits, device)
+def _byte_table(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
+    every = np.arange(256, dtype=np.uint8)[:, None]
+    return _as_words(bit_packing.unpack(every, bits, 8 // bits), head_dim, bits, device)
 
 
 @_constant
@@ -219,30 +225,24 @@ def levels(packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = 
     elif bits == 3:
         low, signs = packed.split([packed.shape[-1] * 2 // 3, packed.shape[-1] // 3], -1)
         low, signs = low.unflatten(-1, (-1, 2, 4)).long(), signs.unflatten(-1, (-1, 1, 4)).int()
-        word = low + (torch.cat([signs & 0xCC, (signs & 0x33) << 2], -2) << 8)
-        integers = _look_up(_three_bit_table(head_dim, packed.device), word.flatten(-3))
+        row = low + (torch.cat([signs & 0xCC, (signs & 0x33) << 2], -2) << 8)
+        integers = _look_up(_three_bit_table(head_dim, packed.device), row.flatten(-3))
     else:
-        word_bytes = 2 - packed.shape[-1] % 2
-        word = packed.view(torch.uint16) if word_bytes == 2 else packed
-        integers = _look_up(_word_table(head_dim, bits, word_bytes, packed.device), word.long())
+        integers = _look_up(_byte_table(head_dim, bits, packed.device), packed.int())
     return integers[..., :head_dim].to(dtype).add_(0.5)
 
 
-def _look_up(table: torch.Tensor, word: torch.Tensor) -> torch.Tensor:
-    found = table.index_select(0, word.flatten()).view(torch.int8)
-    return found.view(*word.shape[:-1], word.shape[-1] * table.itemsize)
-
-
-def worth(scales: torch.Tensor) -> torch.Tensor:
-    """What a level of 1 is worth under each float16 scale, float32."""
-    return scales.float() / SCALE_DENOMINATOR
+def _look_up(table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    found = table.index_select(0, row.flatten()).view(torch.int8)
+    return found.view(*row.shape[:-1], row.shape[-1] * table.itemsize)
 
 
 def dequantize_rotated(
     packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Packed codes [..., bytes] and float16 scales [...] -> vectors [..., head_dim] in the rotated basis."""
-    return (levels(packed, bits, head_dim) * worth(scales)[..., None]).to(dtype)
+    worth = (scales.float() / SCALE_DENOMINATOR)[..., None]
+    return (levels(packed, bits, head_dim) * worth).to(dtype)
 
 
 def dequantize(

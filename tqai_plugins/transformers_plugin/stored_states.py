@@ -7,7 +7,6 @@ import functools
 import torch
 from torch.utils import _pytree as pytree
 
-from ..core.kv_format import SCALE_DENOMINATOR
 from ..core.rotation import Rotation
 from ..torch_kernels import codec
 from .vector_store import Snapshot
@@ -84,7 +83,7 @@ def _attention(
 
 def _scores(query: torch.Tensor, keys: Snapshot) -> torch.Tensor:
     """query keys^T [batch, kv_heads, rows, tokens], the exact tokens first; the query is rotated, not the keys."""
-    turned = query @ codec.matrix(Rotation(query.shape[3]), query.device).T / SCALE_DENOMINATOR
+    turned = query @ codec.level_matrix(Rotation(query.shape[3]), query.device).T
     coded = [turned @ levels.mT * scales[:, :, None] for _, levels, scales in keys.tiles()]
     return torch.cat([query @ keys.exact.mT.float(), *coded], -1)
 
@@ -108,5 +107,5 @@ def _weighted_sum(weights: torch.Tensor, values: Snapshot) -> torch.Tensor:
     out = exact @ values.exact.float()
     turned = sum(coded[..., part] * scales[:, :, None] @ levels for part, levels, scales in values.tiles())
     if isinstance(turned, torch.Tensor):
-        out += turned @ codec.matrix(Rotation(values.shape[3]), out.device) / SCALE_DENOMINATOR
+        out += turned @ codec.level_matrix(Rotation(values.shape[3]), out.device)
     return out

@@ -86,9 +86,9 @@ class Snapshot:
         coded = out[:, :, self.sinks : self.sinks + self.codes.shape[2]]
         out[:, :, : self.sinks] = self.exact[:, :, : self.sinks]
         out[:, :, self.sinks + self.codes.shape[2] :] = self.exact[:, :, self.sinks :]
-        matrix = codec.matrix(Rotation(self.shape[3]), self.codes.device)
+        matrix = codec.level_matrix(Rotation(self.shape[3]), self.codes.device)
         for part, levels, scales in self.tiles():
-            coded[:, :, part] = levels @ matrix * codec.worth(scales)[..., None]
+            coded[:, :, part] = levels @ matrix * scales[..., None]
         return out
 
 
