@@ -26,7 +26,7 @@ class CacheOptions:
         full                        codes for all tokens but the sinks, the newest included.
         incremental                 as full, and a dequantized copy of everything beside the codes:
                                     the speed of an uncompressed cache, and more memory than one.
-    sink_tokens: default 4 with residual, else 0.
+    sink_tokens: default 4 with residual, else 0. They are the first positions, padding included.
     backend: torch is the only one for a transformers model. device: the model's, which is the default.
     use_qjl, qjl_sketch_size: the paper's second stage; refused, since it makes answers worse (see core.qjl).
     """

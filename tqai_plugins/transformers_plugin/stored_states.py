@@ -105,7 +105,7 @@ def _weighted_sum(weights: torch.Tensor, values: Snapshot) -> torch.Tensor:
     """weights [batch, kv_heads, rows, tokens] times values; what comes from codes is rotated back once."""
     exact, coded = weights.split([values.exact.shape[2], values.codes.shape[2]], -1)
     out = exact @ values.exact.float()
-    turned = sum(coded[..., part] * scales[:, :, None] @ levels for part, levels, scales in values.tiles())
-    if isinstance(turned, torch.Tensor):
-        out += turned @ codec.level_matrix(Rotation(values.shape[3]), out.device)
+    turned = [coded[..., part] * scales[:, :, None] @ levels for part, levels, scales in values.tiles()]
+    if turned:
+        out += sum(turned) @ codec.level_matrix(Rotation(values.shape[3]), out.device)
     return out
