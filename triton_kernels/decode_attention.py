@@ -8,6 +8,7 @@ would pad anyway. K is the left operand of K Q, V^T of V^T P.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -15,6 +16,7 @@ import triton.language as tl
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .launch import gdc_launch_dependents, gdc_wait, launches_early
 from .merge import merge
 from .unpack import (
     PLANES, four_planes, four_planes_signed, key_coordinate, load_levels, sign_byte, sign_plane, two_planes, unpack_ptx,
@@ -23,7 +25,28 @@ from .workspace import Workspace
 
 TILE = 64  # tokens a step
 MAX_SPLITS = 128
-WARPS_PER_SM = 12  # resident one-warp programs a multiprocessor (registers decide)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a format runs: loads in flight beyond the current tile's, a cap on registers, how many
+    programs that leaves resident on a multiprocessor, and their warps. Swept on an H100, see README.md."""
+
+    stages: int
+    registers: int
+    resident: int
+    warps: int = 1
+
+
+def tuning(fmt: KVFormat, columns: int) -> Tuning:
+    eight = fmt.bits_k == 8 or fmt.bits_v == 8
+    if columns * fmt.head_dim > 4 * 128:  # one warp would spill; four would take another matrix unit
+        return Tuning(1, 240, 4, 2) if eight else Tuning(1, 168, 6, 2)
+    if eight:
+        return Tuning(3, 232, 8)  # bytes are the limit: many in flight
+    if (fmt.bits_k, fmt.bits_v) == (4, 2):
+        return Tuning(3, 168, 12)
+    return Tuning(1, 168, 12)  # 3-bit signs and 4-bit values lose more to registers than they gain
 
 
 @triton.jit
@@ -102,7 +125,7 @@ def _load_tile(
     return x, x_sign, z, z_sign, k_scale, v_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits", "window", "table_stride"])
 def _decode_kernel(
     planes, q_scale, q_bias, pages, block_table, seq_lens, partial, lse, k_levels, v_levels, lifts,
     table_stride, page_stride, head_stride, num_splits, window, soft_cap,
@@ -111,7 +134,7 @@ def _decode_kernel(
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
     NUM_KV_HEADS: tl.constexpr = NUM_Q_HEADS // GROUP
@@ -122,6 +145,9 @@ def _decode_kernel(
     first_row = (tl.program_id(1) % TILES_OF_ROWS) * H
     split = tl.program_id(2)
 
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     length = tl.load(seq_lens + sequence)
     r = first_row + tl.arange(0, H)
     c = first_row + tl.arange(0, C) // 2
@@ -276,15 +302,28 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def choose_splits(num_sequences: int, num_kv_heads: int, device: torch.device) -> int:
-    """Splits that fill the machine once with resident one-warp programs; a partial second wave loses."""
-    room = WARPS_PER_SM * _multiprocessors(device) // max(1, num_sequences * num_kv_heads)
+def _columns(rows: int) -> int:
+    """Rows of a KV head that one program takes."""
+    return min(8, max(4, triton.next_power_of_2(rows)))
+
+
+def choose_splits(num_sequences: int, num_kv_heads: int, rows: int, fmt: KVFormat, device: torch.device) -> int:
+    """Splits that fill the machine once with resident programs; a partial second wave loses.
+
+    rows: query heads of a KV head times query tokens.
+    """
+    columns = _columns(rows)
+    programs = num_sequences * num_kv_heads * triton.cdiv(rows, columns)
+    room = tuning(fmt, columns).resident * _multiprocessors(device) // max(1, programs)
     return max(1, min(MAX_SPLITS, room))
 
 
-def max_partial_rows(max_sequences: int, num_q_heads: int, num_kv_heads: int, query_len: int, device) -> int:
+def max_partial_rows(
+    max_sequences: int, num_q_heads: int, num_kv_heads: int, query_len: int, fmt: KVFormat, device: torch.device
+) -> int:
     """Rows of partial results that any batch up to max_sequences needs."""
-    most = max(n * choose_splits(n, num_kv_heads, device) for n in range(1, max_sequences + 1))
+    rows = num_q_heads // num_kv_heads * query_len
+    most = max(n * choose_splits(n, num_kv_heads, rows, fmt, device) for n in range(1, max_sequences + 1))
     return most * num_q_heads * query_len
 
 
@@ -309,9 +348,7 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     ptx: bool | None = None,
-    num_warps: int = 1,
-    stages: int = 1,
-    maxnreg: int | None = None,
+    tuned: Tuning | None = None,
 ) -> None:
     """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. Two launches.
 
@@ -326,10 +363,12 @@ def decode_attention(
     num_kv_heads = pages.shape[1]
     group = num_q_heads // num_kv_heads
     device = pages.device
-    splits = num_splits or choose_splits(num_sequences, num_kv_heads, device)
     ptx = uses_ptx(device) if ptx is None else ptx
+    tuned = tuned or tuning(fmt, _columns(group * query_len))
+    early = launches_early(device)
     rows = group * query_len
-    columns = min(16, max(4, triton.next_power_of_2(rows)))
+    columns = _columns(rows)
+    splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)
     padded = triton.next_power_of_2(head_dim)
     layout = fmt.page_layout(page_tokens)
     k_planes = PLANES[fmt.bits_k] if ptx else 1
@@ -345,7 +384,7 @@ def decode_attention(
         max(32, padded // k_planes), max(16, padded // v_planes),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
-        sliding_window is not None, soft_cap is not None, stages,
-        num_warps=num_warps, **({"maxnreg": maxnreg} if maxnreg else {}),
+        sliding_window is not None, soft_cap is not None, tuned.stages, early,
+        num_warps=tuned.warps, maxnreg=tuned.registers, **({"launch_pdl": True} if early else {}),
     )
     merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

@@ -10,6 +10,7 @@ from tqai_plugins.core.codebook import SEARCH, TOP
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .launch import gdc_launch_dependents, gdc_wait, launches_early
 from .unpack import sign_plane
 from .workspace import Workspace
 
@@ -23,13 +24,12 @@ def _nearest(x):
 
 
 @triton.jit
-def _rotated(x_ptr, row_offsets, valid, hadamard, norms, D: tl.constexpr, DP: tl.constexpr):
+def _rotated(x_ptr, row_offsets, valid, matrix, norm, D: tl.constexpr, DP: tl.constexpr):
     """float32 [ROWS, DP] rotated vectors. +1 and -1 are exact in any float, sums are float32."""
     d = tl.arange(0, DP)
     inside = valid[:, None] & (d < D)[None, :]
     x = tl.load(x_ptr + row_offsets[:, None] + d[None, :], mask=inside, other=0.0)
-    matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
-    return tl.dot(x, matrix, input_precision="ieee") * tl.load(norms + d)[None, :]
+    return tl.dot(x, matrix, input_precision="ieee") * norm[None, :]
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def _store_vectors(
     tl.store(base[:, None] + j[None, :] * byte_stride, packed.to(tl.uint8), mask=valid[:, None] & (j < limit)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,
     num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride, softmax_scale,
@@ -124,10 +124,17 @@ def _prepare_kernel(
     BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,
     PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr, ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
     r = tl.arange(0, ROWS)
+    d = tl.arange(0, DP)
+    matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
+    norm = tl.load(norms + d)
+    if EARLY:  # what comes before this line may run beside the launch before
+        gdc_wait()
+        gdc_launch_dependents()
     query_programs = tl.cdiv(num_query_rows, ROWS)
     VECTORS: tl.constexpr = ROWS // NUM_GRIDS  # each is encoded on every grid at once, a row each
     kv_programs = tl.cdiv(num_kv_rows, VECTORS)
@@ -135,13 +142,12 @@ def _prepare_kernel(
         query_row = (program * ROWS + r).to(tl.int64)
         valid = query_row < num_query_rows
         offsets = (query_row // NUM_Q_HEADS) * q_stride + (query_row % NUM_Q_HEADS) * D
-        y = _rotated(q_ptr, offsets, valid, hadamard, norms, D, DP)
+        y = _rotated(q_ptr, offsets, valid, matrix, norm, D, DP)
         # Two int8 planes, q = scale * (hi + lo / 254): about 15 bits.
         top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
         z = y * (127.0 / top)[:, None]
         hi = _nearest(z)
         lo = _nearest((z - hi) * 254.0)
-        d = tl.arange(0, DP)
         out = planes_ptr + (query_row * (2 * D))[:, None] + d[None, :]
         inside = valid[:, None] & (d < D)[None, :]
         tl.store(out, hi.to(tl.int8), mask=inside)
@@ -161,11 +167,11 @@ def _prepare_kernel(
         page = pages_ptr + (slot // PAGE) * page_stride + head * head_stride
         in_page = slot % PAGE
         if is_key:
-            y = _rotated(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, hadamard, norms, D, DP)
+            y = _rotated(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, matrix, norm, D, DP)
             _store_vectors(y, r % NUM_GRIDS, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
                            D, DP, BITS_K, NUM_GRIDS, TOP, SCALE_DENOMINATOR)
         else:
-            y = _rotated(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, hadamard, norms, D, DP)
+            y = _rotated(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, matrix, norm, D, DP)
             _store_vectors(y, r % NUM_GRIDS, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
                            D, DP, BITS_V, NUM_GRIDS, TOP, SCALE_DENOMINATOR)
 
@@ -198,6 +204,7 @@ def prepare(
     if programs == 0:
         return
     q = key if query is None else query
+    early = launches_early(device)
     _prepare_kernel[(programs,)](
         q, key, value, pages, slot_mapping, workspace.planes, workspace.q_scale, workspace.q_bias,
         device_tables.signed_hadamard(head_dim, padded, key.dtype, device), device_tables.norms(head_dim, padded, device),
@@ -205,8 +212,8 @@ def prepare(
         queries, num_tokens * num_kv_heads, q.stride(0), key.stride(0), value.stride(0),
         pages.stride(0), pages.stride(1), softmax_scale * LOG2_E / SCALE_DENOMINATOR,
         q.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
-        page_tokens, layout.v_codes, layout.k_scales, layout.v_scales, len(SEARCH), TOP, SCALE_DENOMINATOR, ROWS,
-        num_warps=4,
+        page_tokens, layout.v_codes, layout.k_scales, layout.v_scales, len(SEARCH), TOP, SCALE_DENOMINATOR, ROWS, early,
+        num_warps=4, **({"launch_pdl": True} if early else {}),
     )
 
 

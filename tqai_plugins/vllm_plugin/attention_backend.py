@@ -193,7 +193,7 @@ class Impl(TurboQuantAttentionImpl):
         device = torch.device("cuda", torch.cuda.current_device())
         requests = config.scheduler_config.max_num_seqs
         query_len = min(MAX_QUERY_LEN, compat.query_token_limit(config))
-        rows = max_partial_rows(requests, num_heads, self.num_kv_heads, query_len, device)
+        rows = max_partial_rows(requests, num_heads, self.num_kv_heads, query_len, self.fmt, device)
         self.workspace = _workspace(requests * query_len, num_heads, head_size, rows, device)
         token_bytes = 2 * self.num_kv_heads * head_size * 2
         self.tile_tokens = max(PAGE_TOKENS, PREFILL_WORKSPACE_BYTES // token_bytes // PAGE_TOKENS * PAGE_TOKENS)
