@@ -1,0 +1,216 @@
+"""`tqai benchmark kernels`: decode attention over codes on one GPU, beside FlashAttention-3 and vLLM's TurboQuant."""
+
+from __future__ import annotations
+
+import datetime
+
+SHAPES = "32x8192,64x2048,1x65536,4x1000,128x1024"
+FORMATS = "tqai_k4v2,tqai_k4v4,tqai_k3v3,tqai_k8v8"
+CALLS_A_GRAPH = 10
+
+
+def add_parser(subparsers):
+    parser = subparsers.add_parser("kernels", help="decode attention kernels on a CUDA device")
+    parser.add_argument("--shapes", default=SHAPES, help=f"sequences x context, comma-separated ({SHAPES})")
+    parser.add_argument("--formats", default=FORMATS, help=f"cache formats ({FORMATS})")
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    return parser
+
+
+def run(args) -> int:
+    import torch
+
+    from . import emit
+
+    if not torch.cuda.is_available():
+        raise ValueError("benchmark kernels needs a CUDA device; none is here")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    copy = copy_bandwidth()
+    rows = []
+    for sequences, context in shapes:
+        rows += measure_peers(args, sequences, context)
+        for name in args.formats.split(","):
+            rows.append(measure_format(args, name, sequences, context, copy))
+            torch.cuda.empty_cache()
+    import triton
+
+    data = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(), "copy_gb_s": copy, "q_heads": args.q_heads, "kv_heads": args.kv_heads,
+        "head_dim": args.head_dim, "rows": rows,
+    }
+    emit(args, data, lambda: show(data))
+    return 0
+
+
+def _time(call) -> float:
+    """Microseconds a call, many calls in one CUDA graph, median of replays."""
+    import torch
+    from triton.testing import do_bench
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_A_GRAPH):
+            call()
+    return do_bench(graph.replay, warmup=5, rep=60, return_mode="median") * 1e3 / CALLS_A_GRAPH
+
+
+def copy_bandwidth() -> float:
+    """GB/s of a large device-to-device copy, bytes read plus bytes written."""
+    import torch
+    from triton.testing import do_bench
+
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / do_bench(lambda: b.copy_(a), return_mode="median") / 1e6
+
+
+def measure_format(args, name: str, sequences: int, context: int, copy: float) -> dict:
+    import torch
+
+    from tqai_plugins.core.kv_format import KVFormat
+    from tqai_plugins.triton_kernels import decode_attention as decode
+    from tqai_plugins.triton_kernels.prepare import prepare
+    from tqai_plugins.triton_kernels.workspace import Workspace
+
+    device, page = torch.device("cuda"), decode.TILE
+    fmt = KVFormat.from_name(name, args.head_dim)
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16, device=device, generator=generator)
+    blocks = -(-context // page)
+    pages = torch.zeros(sequences * blocks, args.kv_heads, fmt.page_layout(page).page_bytes, dtype=torch.uint8, device=device)
+    table = torch.randperm(sequences * blocks, device=device, dtype=torch.int32).view(sequences, blocks)
+    lengths = torch.full((sequences,), context, dtype=torch.int32, device=device)
+    rows = decode.max_partial_rows(sequences, args.q_heads, args.kv_heads, 1, fmt, device)
+    workspace = Workspace.allocate(sequences, args.q_heads, args.head_dim, rows, device)
+    scale = args.head_dim**-0.5
+    token = torch.arange(context, device=device)
+    for i in range(sequences):
+        k, v = draw(context, args.kv_heads, args.head_dim), draw(context, args.kv_heads, args.head_dim)
+        slots = table[i].long()[token // page] * page + token % page
+        prepare(None, k, v, pages, slots, workspace, fmt, page, scale)
+    query = draw(sequences, args.q_heads, args.head_dim)
+    key, value = draw(sequences, args.kv_heads, args.head_dim), draw(sequences, args.kv_heads, args.head_dim)
+    last = table[:, (context - 1) // page].long() * page + (context - 1) % page
+    out = torch.full_like(query, torch.nan)
+    first = lambda: prepare(query, key, value, pages, last, workspace, fmt, page, scale)
+    attend = lambda: decode.decode_attention(workspace, pages, table, lengths, out, fmt, page)
+
+    def step():
+        first()
+        attend()
+
+    step()
+    error = _error(query, out, pages, table, fmt, page, context, scale)
+    merge, decode.merge = decode.merge, lambda *a, **k: None  # the split kernel alone
+    kernel = _time(attend)
+    decode.merge = merge
+    moved = sequences * context * args.kv_heads * fmt.slot_bytes
+    return {
+        "name": fmt.name, "sequences": sequences, "context": context, "us": kernel, "step_us": _time(step),
+        "gb_s": moved / kernel / 1e3, "share_of_copy": moved / kernel / 1e3 / copy, "error": error,
+    }
+
+
+def _error(query, out, pages, table, fmt, page, context, scale) -> float:
+    """Relative error of the last sequence's first KV head against float64 over the same codes."""
+    import torch
+
+    from tqai_plugins.core.reference import rotation_matrix
+    from tqai_plugins.core.rotation import Rotation
+    from tqai_plugins.triton_kernels.dequantize import dequantize
+
+    device, heads, dim = query.device, pages.shape[1], fmt.head_dim
+    k, v = torch.empty(2, context, heads, dim, device=device)
+    one = lambda n: torch.tensor([n], dtype=torch.int32, device=device)
+    dequantize(pages, table[-1:], one(0), one(context), one(0), k, v, fmt, page, context)
+    turn = torch.from_numpy(rotation_matrix(Rotation(dim))).to(device).double()
+    group = query.shape[1] // heads
+    q = query[-1, :group].double() @ turn.T
+    expected = ((q @ k[:, 0].double().T * scale).softmax(-1) @ v[:, 0].double()) @ turn
+    return ((out[-1, :group].double() - expected).norm() / expected.norm()).item()
+
+
+def measure_peers(args, sequences: int, context: int) -> list[dict]:
+    """FlashAttention-3 bf16 and fp8 and vLLM's turboquant_4bit_nc, where vLLM has them."""
+    import torch
+
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return []
+    device, page, dim = "cuda", 16, args.head_dim
+    blocks = -(-context // page)
+    table = torch.randperm(sequences * blocks, device=device, dtype=torch.int32).view(sequences, blocks)
+    lengths = torch.full((sequences,), context, dtype=torch.int32, device=device)
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+    q = torch.randn(sequences, args.q_heads, dim, dtype=torch.bfloat16, device=device)
+    k, v = torch.randn(2, sequences * blocks, page, args.kv_heads, dim, dtype=torch.bfloat16, device=device)
+
+    def flash(q, k, v, **scales):
+        return flash_attn_varlen_func(
+            q, k, v, max_seqlen_q=1, cu_seqlens_q=starts, max_seqlen_k=context, seqused_k=lengths, block_table=table,
+            softmax_scale=dim**-0.5, causal=True, fa_version=3, **scales,
+        )
+
+    rows = []
+
+    def row(name, call):
+        try:
+            us = _time(call)
+            rows.append({"name": name, "sequences": sequences, "context": context, "us": us})
+        except Exception as error:
+            rows.append({"name": name, "sequences": sequences, "context": context, "us": None, "why": str(error)[:200]})
+
+    row("FlashAttention-3 bf16", lambda: flash(q, k, v))
+    q8, k8, v8 = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+    del k, v
+    one = torch.ones(sequences, args.kv_heads, device=device)
+    row("FlashAttention-3 fp8", lambda: flash(q8, k8, v8, q_descale=one, k_descale=one, v_descale=one))
+    del k8, v8
+    row("vLLM turboquant_4bit_nc", _upstream(q, table, lengths, args, sequences * blocks, page))
+    return rows
+
+
+def _upstream(q, table, lengths, args, num_blocks, page):
+    import torch
+    from vllm.model_executor.layers.quantization.turboquant import centroids
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.v1.attention.ops.triton_turboquant_decode import triton_turboquant_decode_attention
+
+    dim = args.head_dim
+    config = TurboQuantConfig.from_cache_dtype("turboquant_4bit_nc", dim)
+    cache = torch.randint(0, 255, (num_blocks, page, args.kv_heads, config.slot_size_aligned), dtype=torch.uint8, device="cuda")
+    levels = centroids.solve_lloyd_max(dim, config.centroid_bits)[0].to("cuda")
+    turn = torch.linalg.qr(torch.randn(dim, dim, device="cuda"))[0].contiguous()
+    back = turn.T.contiguous()
+    return lambda: triton_turboquant_decode_attention(
+        q, cache, table, lengths, turn, levels, dim**-0.5, config.key_mse_bits or config.mse_bits, config.key_packed_size,
+        config.value_quant_bits, key_fp8=config.key_fp8, norm_correction=config.norm_correction, PiT=back,
+    )
+
+
+def show(data: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "sequences x context", "kernel", "us", "share of copy", "error", "three launches, us", "x FA3 bf16", "x FA3 fp8",
+        title=f"{data['device']}, torch {data['torch']}, triton {data['triton']}; copy {data['copy_gb_s']:.0f} GB/s; "
+        f"{data['q_heads']} query heads, {data['kv_heads']} KV heads, head_dim {data['head_dim']}",
+    )
+    flash = {(r["name"][-4:].strip(), r["sequences"], r["context"]): r["us"] for r in data["rows"] if "Flash" in r["name"]}
+    number = lambda x, spec: "-" if x is None else format(x, spec)
+    for r in data["rows"]:
+        at = (r["sequences"], r["context"])
+        ratio = [flash.get((kind, *at)) for kind in ("bf16", "fp8")]
+        table.add_row(
+            f"{at[0]} x {at[1]}", r["name"], number(r["us"], ".1f"), number(r.get("share_of_copy"), ".0%"),
+            number(r.get("error"), ".1e"), number(r.get("step_us"), ".1f"),
+            *(number(f / r["us"] if f and r["us"] else None, ".2f") for f in ratio),
+        )
+    Console(width=140).print(table)
