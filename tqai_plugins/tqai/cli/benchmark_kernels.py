@@ -10,12 +10,15 @@ CALLS_A_GRAPH = 10
 
 
 def add_parser(subparsers):
+    from . import add_json
+
     parser = subparsers.add_parser("kernels", help="decode attention kernels on a CUDA device")
     parser.add_argument("--shapes", default=SHAPES, help=f"sequences x context, comma-separated ({SHAPES})")
     parser.add_argument("--formats", default=FORMATS, help=f"cache formats ({FORMATS})")
     parser.add_argument("--q-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    add_json(parser)
     return parser
 
 
