@@ -69,5 +69,6 @@ def test_what_a_user_can_mend_is_one_sentence_and_exit_code_2(argv, sentence, ca
 
 
 def test_the_module_runs_as_the_command():
-    done = subprocess.run([sys.executable, "-m", "tqai", "info", "--head-dim", "1"], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "tqai", "info", "--head-dim", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("tqai: head_dim is 1") and "Traceback" not in done.stderr
