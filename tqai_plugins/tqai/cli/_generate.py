@@ -61,22 +61,41 @@ def prompt_tokens(model, tokenizer, prompt: str):
 class Generated:
     tokens: list[int]
     text: str
+    prompt_seconds: float  # until the first new token
     seconds: float
 
     @property
-    def tokens_per_second(self) -> float:
-        return len(self.tokens) / self.seconds
+    def tokens_per_second(self) -> float | None:
+        """Speed after the first token, which waits for the prompt."""
+        rest = self.seconds - self.prompt_seconds
+        return (len(self.tokens) - 1) / rest if len(self.tokens) > 1 else None
 
 
-def generate(model, tokenizer, ids, cache, max_tokens: int, streamer=None) -> Generated:
-    """Greedy generation after the prompt `ids`; the time includes reading the prompt."""
+class Clock:
+    """A streamer for generate() that notes the time of each token, and calls step()."""
+
+    def __init__(self, step):
+        self.step, self.times = step, []
+
+    def put(self, tokens) -> None:
+        self.times.append(time.perf_counter())  # the first is the prompt, before anything is computed
+        self.step(tokens)
+
+    def end(self) -> None:
+        pass
+
+
+def generate(model, tokenizer, ids, cache, max_tokens: int, step) -> Generated:
+    """Greedy generation after the prompt `ids` [1, tokens]; step(tokens) is called with the prompt and each token."""
     import torch
 
-    start = time.perf_counter()
+    clock = Clock(step)
     with torch.inference_mode():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=max_tokens,
-            do_sample=False, streamer=streamer, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+            do_sample=False, streamer=clock, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )  # fmt: skip
     new = out[0, ids.shape[1] :].tolist()
-    return Generated(new, tokenizer.decode(new, skip_special_tokens=True).strip(), time.perf_counter() - start)
+    text = tokenizer.decode(new, skip_special_tokens=True).strip()
+    start, first, *_, last = *clock.times, clock.times[-1]
+    return Generated(new, text, first - start, last - start)

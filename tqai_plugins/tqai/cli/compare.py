@@ -44,8 +44,8 @@ def compare(args, prompt: str) -> dict:
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for name, new_cache in new_caches.items():
             task = progress.add_task(f"Answering ({name})", total=args.max_tokens + 1)
-            streamer = _Counter(lambda task=task: progress.advance(task))
-            answers[name] = generate(model, tokenizer, ids, new_cache(), args.max_tokens, streamer)
+            step = lambda tokens, task=task: progress.advance(task)
+            answers[name] = generate(model, tokenizer, ids, new_cache(), args.max_tokens, step)
             progress.update(task, total=len(answers[name].tokens) + 1)
         own = torch.tensor([answers["baseline"].tokens], device=ids.device)
         forced = torch.cat([ids, own], 1)
@@ -68,23 +68,10 @@ def compare(args, prompt: str) -> dict:
         "kld": summary["kld"], "kld_error": summary["kld_error"], "top1_agreement": summary["top1_agreement"],
         "scored_tokens": summary["tokens"],
         **{name: {
-            "text": answer.text, "tokens": len(answer.tokens), "seconds": answer.seconds,
+            "text": answer.text, "tokens": len(answer.tokens), "prompt_seconds": answer.prompt_seconds,
             "tokens_per_second": answer.tokens_per_second, "cache_bytes": stored[name],
         } for name, answer in answers.items()},
     }  # fmt: skip
-
-
-class _Counter:
-    """A streamer that only counts: generate() calls it with the prompt and with every token."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def put(self, tokens) -> None:
-        self.step()
-
-    def end(self) -> None:
-        pass
 
 
 def first_difference(first: list[int], second: list[int]) -> int | None:
@@ -105,7 +92,8 @@ def show(data: dict) -> None:
     numbers = Table("", "uncompressed", "tqai")
     baseline, tqai = data["baseline"], data["tqai"]
     numbers.add_row("tokens answered", str(baseline["tokens"]), str(tqai["tokens"]))
-    numbers.add_row("tokens/s", f"{baseline['tokens_per_second']:.1f}", f"{tqai['tokens_per_second']:.1f}")
+    speeds = (side["tokens_per_second"] for side in (baseline, tqai))
+    numbers.add_row("tokens/s after the first", *("-" if speed is None else f"{speed:.1f}" for speed in speeds))
     numbers.add_row(
         f"cache of {data['cached_tokens']} tokens", f"{baseline['cache_bytes'] / 1e6:.2f} MB",
         f"{tqai['cache_bytes'] / 1e6:.2f} MB, {data['ratio']:.2f} times smaller",

@@ -29,17 +29,20 @@ def run(args) -> int:
     ids = prompt_tokens(model, tokenizer, args.prompt)
     cache = DynamicCache(config=model.config) if args.no_tqai else Cache(model.config, **options)
     streamer = None if args.json == "-" else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    done = generate(model, tokenizer, ids, cache, args.max_tokens, streamer)
+    done = generate(model, tokenizer, ids, cache, args.max_tokens, streamer.put if streamer else lambda tokens: None)
+    if streamer:
+        streamer.end()
     data = {
         "model": args.model, "prompt_tokens": ids.shape[1], "text": done.text, "new_tokens": len(done.tokens),
-        "seconds": done.seconds, "tokens_per_second": done.tokens_per_second,
+        "prompt_seconds": done.prompt_seconds, "seconds": done.seconds, "tokens_per_second": done.tokens_per_second,
         "cache": repr(cache) if not args.no_tqai else "uncompressed", "cache_bytes": fidelity.cache_bytes(cache),
         "coded_tokens": 0 if args.no_tqai else fidelity.coded_tokens(cache),
     }  # fmt: skip
 
     def show():
+        speed = f"{done.tokens_per_second:.1f} tokens/s after the first, " if done.tokens_per_second else ""
         Console(stderr=True).print(
-            f"{data['prompt_tokens']} + {data['new_tokens']} tokens, {data['tokens_per_second']:.1f} tokens/s, "
+            f"{data['prompt_tokens']} + {data['new_tokens']} tokens, {speed}"
             f"cache {data['cache_bytes'] / 1e6:.2f} MB, {data['coded_tokens']} tokens of it as codes",
             style="dim",
         )

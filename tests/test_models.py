@@ -1,0 +1,70 @@
+"""Where models come from, and the one sentence for each way in which there is none."""
+
+import shutil
+
+import pytest
+import small_model
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from tqai import models
+from tqai.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return small_model.write(tmp_path_factory.mktemp("model"))
+
+
+def test_a_folder_is_loaded_in_bfloat16_unless_told_otherwise(folder):
+    model, tokenizer = models.load(str(folder))
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert tokenizer.decode(tokenizer("Bees.").input_ids) == "Bees."
+    assert models.load(str(folder), torch.float32)[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("no/such/folder", None, "there is no model"),
+        ("nothing.gguf", None, "there is no file"),
+        ("page.gguf", b"<html>", "is not a GGUF file"),
+        ("cut.gguf", b"GGUF\x03\0\0\0", "cannot be read, it is damaged"),
+        ("notes.txt", b"x", "is a file, but no GGUF file"),
+    ],
+)
+def test_what_is_no_model_is_one_sentence_and_exit_code_2(name, content, sentence, tmp_path, capsys):
+    if content:
+        (tmp_path / name).write_bytes(content)
+    assert main(["run", "Hello", "--model", str(tmp_path / name)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert sentence in lines[-1] and lines[-1].startswith("tqai: ") and "Traceback" not in "".join(lines)
+
+
+def test_a_folder_without_or_with_a_broken_config(tmp_path, folder):
+    with pytest.raises(ValueError, match="has no config.json"):
+        models.load(str(tmp_path))
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be read, it is damaged"):
+        models.load(str(broken))
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached():
+    with pytest.raises(OSError, match="not in the Hugging Face cache and could not be downloaded"):
+        models.load("nobody-at-all/no-such-model")
+
+
+def test_too_little_disk_and_a_damaged_file_of_the_demo_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "DEMO_BYTES", 10**18)
+        with pytest.raises(OSError, match="the demo model needs .* MB free; make room"):
+            models.demo_model_folder()
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF")
+    monkeypatch.setattr(models, "_installed_demo_file", lambda: bad)
+    with pytest.raises(ValueError, match="is damaged or another version: its sha256 is"):
+        models.demo_model_folder()
+    assert list((tmp_path / "tqai").iterdir()) == []
