@@ -128,9 +128,11 @@ def test_decode_attention_over_every_format(bits):
     assert_close(step.attend(num_splits=2), step.expected())
 
 
-@pytest.mark.parametrize("head_dim", [80, 96, 112, 128, 192, 256])
-def test_head_dims(head_dim):
-    step = Step(KVFormat(4, 3, head_dim), 1, 3, [67], 64)
+@pytest.mark.parametrize(
+    "bits, head_dim", [*(((4, 3), d) for d in (80, 96, 112, 128, 192, 256)), ((8, 8), 80), ((4, 2), 96), ((8, 8), 256)]
+)
+def test_head_dims(bits, head_dim):
+    step = Step(KVFormat(*bits, head_dim), 1, 3, [67], 64)
     step.store()
     assert_close(step.attend(), step.expected())
 

@@ -16,7 +16,6 @@ import triton.language as tl
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
-from .launch import gdc_launch_dependents, gdc_wait, launches_early
 from .merge import merge
 from .unpack import (
     PLANES, four_planes, four_planes_signed, key_coordinate, load_levels, sign_byte, sign_plane, two_planes, unpack_ptx,
@@ -42,11 +41,14 @@ def tuning(fmt: KVFormat, columns: int) -> Tuning:
     eight = fmt.bits_k == 8 or fmt.bits_v == 8
     if columns * fmt.head_dim > 4 * 128:  # one warp would spill; four would take another matrix unit
         return Tuning(1, 240, 4, 2) if eight else Tuning(1, 168, 6, 2)
+    padded = fmt.head_dim & (fmt.head_dim - 1)
+    if 3 in (fmt.bits_k, fmt.bits_v) or padded:
+        return Tuning(1, 168, 12)  # masked tiles must not be loaded ahead: Triton 3.6 reads them wrongly
     if eight:
         return Tuning(3, 232, 8)  # bytes are the limit: many in flight
     if (fmt.bits_k, fmt.bits_v) == (4, 2):
         return Tuning(3, 168, 12)
-    return Tuning(1, 168, 12)  # 3-bit signs and 4-bit values lose more to registers than they gain
+    return Tuning(1, 168, 12)  # 4-bit values lose more to registers than they gain
 
 
 @triton.jit
@@ -134,7 +136,7 @@ def _decode_kernel(
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, EARLY: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
     NUM_KV_HEADS: tl.constexpr = NUM_Q_HEADS // GROUP
@@ -145,9 +147,6 @@ def _decode_kernel(
     first_row = (tl.program_id(1) % TILES_OF_ROWS) * H
     split = tl.program_id(2)
 
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
     length = tl.load(seq_lens + sequence)
     r = first_row + tl.arange(0, H)
     c = first_row + tl.arange(0, C) // 2
@@ -365,7 +364,6 @@ def decode_attention(
     device = pages.device
     ptx = uses_ptx(device) if ptx is None else ptx
     tuned = tuned or tuning(fmt, _columns(group * query_len))
-    early = launches_early(device)
     rows = group * query_len
     columns = _columns(rows)
     splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)
@@ -384,7 +382,7 @@ def decode_attention(
         max(32, padded // k_planes), max(16, padded // v_planes),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
-        sliding_window is not None, soft_cap is not None, tuned.stages, early,
-        num_warps=tuned.warps, maxnreg=tuned.registers, **({"launch_pdl": True} if early else {}),
+        sliding_window is not None, soft_cap is not None, tuned.stages,
+        num_warps=tuned.warps, maxnreg=tuned.registers,
     )
     merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

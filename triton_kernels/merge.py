@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from . import device_tables
-from .launch import gdc_wait, launches_early
 
 PARTS = 32  # partial results a program reads at a time: some rows times some of their splits
 
@@ -16,7 +15,7 @@ PARTS = 32  # partial results a program reads at a time: some rows times some of
 def _merge_kernel(
     partial, lse, out_ptr, sinks, lse_out, hadamard, norms, num_rows, num_splits, out_stride, value_unit,
     NUM_Q_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    CHUNKS: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr, EARLY: tl.constexpr,
+    CHUNKS: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr,
 ):
     # ROWS (token, query head) rows; lane i of a row adds up splits i, i + LANES, ... Rotating back is
     # linear, so the lanes are rotated by one matrix product and only then added.
@@ -26,8 +25,6 @@ def _merge_kernel(
     d = tl.arange(0, DP)
     matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
     norm = tl.load(norms + d)
-    if EARLY:
-        gdc_wait()
     top = tl.full([ROWS], -1e30, tl.float32)
     if SINKS:
         sink = tl.load(sinks + row % NUM_Q_HEADS, mask=valid, other=0.0) * 1.4426950408889634
@@ -91,12 +88,11 @@ def merge(
     lanes = min(PARTS, triton.next_power_of_2(num_splits))
     # The interpreter multiplies bfloat16 wrongly; with float32 the low half is simply zero.
     matrix_dtype = torch.bfloat16 if output.device.type == "cuda" else torch.float32
-    early = launches_early(output.device)
     _merge_kernel[(triton.cdiv(rows * lanes, PARTS),)](
         partial, lse, output, lse if sinks is None else sinks, lse if lse_out is None else lse_out,
         device_tables.signed_hadamard(head_dim, padded, matrix_dtype, output.device, back=True),
         device_tables.norms(head_dim, padded, output.device),
         rows, num_splits, output.stride(0), value_unit,
         num_q_heads, head_dim, padded, PARTS // lanes, lanes, triton.cdiv(num_splits, lanes),
-        sinks is not None, lse_out is not None, early, num_warps=4, **({"launch_pdl": True} if early else {}),
+        sinks is not None, lse_out is not None, num_warps=4,
     )

@@ -10,7 +10,6 @@ from tqai_plugins.core.codebook import SEARCH, TOP
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
-from .launch import gdc_launch_dependents, gdc_wait, launches_early
 from .unpack import sign_plane
 from .workspace import Workspace
 
@@ -124,7 +123,6 @@ def _prepare_kernel(
     BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,
     PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr, ROWS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
@@ -132,9 +130,6 @@ def _prepare_kernel(
     d = tl.arange(0, DP)
     matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
     norm = tl.load(norms + d)
-    if EARLY:  # what comes before this line may run beside the launch before
-        gdc_wait()
-        gdc_launch_dependents()
     query_programs = tl.cdiv(num_query_rows, ROWS)
     VECTORS: tl.constexpr = ROWS // NUM_GRIDS  # each is encoded on every grid at once, a row each
     kv_programs = tl.cdiv(num_kv_rows, VECTORS)
@@ -204,7 +199,6 @@ def prepare(
     if programs == 0:
         return
     q = key if query is None else query
-    early = launches_early(device)
     _prepare_kernel[(programs,)](
         q, key, value, pages, slot_mapping, workspace.planes, workspace.q_scale, workspace.q_bias,
         device_tables.signed_hadamard(head_dim, padded, key.dtype, device), device_tables.norms(head_dim, padded, device),
@@ -212,8 +206,8 @@ def prepare(
         queries, num_tokens * num_kv_heads, q.stride(0), key.stride(0), value.stride(0),
         pages.stride(0), pages.stride(1), softmax_scale * LOG2_E / SCALE_DENOMINATOR,
         q.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
-        page_tokens, layout.v_codes, layout.k_scales, layout.v_scales, len(SEARCH), TOP, SCALE_DENOMINATOR, ROWS, early,
-        num_warps=4, **({"launch_pdl": True} if early else {}),
+        page_tokens, layout.v_codes, layout.k_scales, layout.v_scales, len(SEARCH), TOP, SCALE_DENOMINATOR, ROWS,
+        num_warps=4,
     )
 
 
