@@ -201,6 +201,7 @@ def plot(data: dict, path: str) -> None:
         xlabel="stored bits an element, exact tokens included", ylabel="mean KL divergence, nats", yscale="log",
         title=f"{data['model']}, {data['windows']} windows of {data['context']} tokens",
     )  # fmt: skip
+    axes.margins(x=0.1)
     axes.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
