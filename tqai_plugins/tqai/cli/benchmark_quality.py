@@ -33,6 +33,7 @@ def add_parser(subparsers):
     parser.add_argument("--residual-window", type=int, default=128)
     parser.add_argument("--context", type=int, help="tokens of a window, the second half is scored (2048)")
     parser.add_argument("--windows", type=int, help="windows, evenly spaced in the text (4)")
+    # 32 is the block in which the cache codes, so that every token sees what it would see in generation.
     parser.add_argument("--chunk", type=int, default=32, help="scored tokens are read so many at a time (32)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of KL divergence against bits")
