@@ -56,6 +56,8 @@ def _mlx_plugin():
         from tqai_plugins import mlx_lm_plugin
     except ImportError as error:
         raise ImportError("an MLX model needs mlx-lm; install it with: pip install 'tqai[mlx]'") from error
+    if not hasattr(mlx_lm_plugin, "install"):
+        raise ImportError("this version of tqai has no MLX plugin yet; transformers models and vLLM are served")
     return mlx_lm_plugin
 
 
