@@ -53,7 +53,7 @@ def test_the_defaults_are_the_documented_ones(model):
         ({"residual_window": "128"}, "residual_window is '128'; allowed are whole numbers from 0"),
         ({"cache_strategy": "fast"}, "cache_strategy is 'fast'; allowed are auto, residual, full, incremental"),
         ({"qjl_sketch_size": 0}, "qjl_sketch_size is 0; allowed"),
-        ({"use_qjl": True}, "use_qjl is True; only False is allowed"),
+        ({"use_qjl": 1}, "use_qjl is 1; allowed are True and False"),
         ({"backend": "cuda"}, "backend is 'cuda'; allowed are 'auto', 'torch' and 'mlx'"),
         ({"backend": "mlx"}, "pip install 'tqai\\[mlx\\]'"),
         ({"bit_k": 4}, "unknown option 'bit_k'; allowed are bits_k, bits_v"),

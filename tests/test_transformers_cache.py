@@ -323,3 +323,26 @@ def test_invalid_numbers_raise():
     k[0, 0, 3, 1] = torch.nan
     with pytest.raises(ValueError, match="1 of 20 vectors hold NaN"):
         cache.update(k, v, 0)
+
+
+def test_qjl_makes_inner_products_unbiased_and_costs_its_bytes(llama):
+    """TurboQuant's second stage for keys: off by default, right when asked for."""
+    keys, values, query = torch.randn(1, 2, 3000, 32), torch.randn(1, 2, 3000, 32), torch.randn(32)
+    slopes, sizes = [], []
+    for qjl in (False, True):
+        cache = Cache(llama.config, bits_k=2, cache_strategy="full", use_qjl=qjl, qjl_sketch_size=128)
+        seen = cache.update(keys, values, 0)[0].dense
+        exact = keys @ query
+        slopes.append((seen @ query * exact).sum() / (exact * exact).sum())
+        sizes.append(cache.nbytes)
+    assert slopes[0] < 0.92 and abs(slopes[1] - 1) < 0.03
+    assert sizes[1] - sizes[0] >= 2 * 3000 * (128 // 8 + 2)
+
+
+def test_generate_and_crop_with_qjl(llama):
+    plain, cache = DynamicCache(config=llama.config), Cache(llama.config, use_qjl=True, residual_window=8, **EIGHT)
+    expected, got = generate(llama, plain, prompt(2)), generate(llama, cache, prompt(2))
+    assert (expected == got)[:, 60:80].float().mean() > 0.8
+    cache.crop(-70)
+    assert cache.get_seq_length() == got.shape[1] - 1 - 70
+    assert torch.isfinite(llama(got[:, -3:], past_key_values=cache).logits).all()

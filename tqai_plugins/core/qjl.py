@@ -1,6 +1,6 @@
 """TurboQuant's second stage (arXiv 2504.19874, algorithm 2): a one-bit sketch of what the codes leave over.
 
-No cache offers it. The sketch makes inner products unbiased (the codes alone shrink them by 11.6, 3.3 and
+Off everywhere; the transformers cache has it behind use_qjl=True. The sketch makes inner products unbiased (the codes alone shrink them by 11.6, 3.3 and
 0.9 % at 2, 3 and 4 bits), but paid for with one bit of code it multiplies their squared error by five to six,
 at every width: head_dim 128, sketches of 128 signs, `tqai benchmark codec`.
 """

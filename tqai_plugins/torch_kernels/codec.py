@@ -7,11 +7,12 @@ look-ups, but the model's weights push them out of the CPU's caches between two 
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
 
-from ..core import bit_packing
+from ..core import bit_packing, qjl
 from ..core.codebook import SEARCH, TOP, Codebook
 from ..core.kv_format import SCALE_DENOMINATOR, packed_bytes
 from ..core.reference import INVALID, SCALES, SMALLEST_RMS, rotation_matrix
@@ -257,3 +258,21 @@ def dequantize(
     """The inverse of quantize: [..., head_dim] in dtype."""
     rotation = rotation or Rotation(head_dim)
     return rotate_back(dequantize_rotated(packed, scales, bits, head_dim), rotation).to(dtype)
+
+
+@_constant
+def _projection(size: int, head_dim: int, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(qjl.projection(size, head_dim)).to(device)
+
+
+def sketch(residual: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """core.qjl.sketch of float32 residuals [..., head_dim]: uint8 [..., ceil(size / 8)] and float16 [...]."""
+    signs = residual @ _projection(size, residual.shape[-1], residual.device).T >= 0
+    return _join(signs.to(torch.uint8)), residual.norm(dim=-1).half()
+
+
+def estimate(signs: torch.Tensor, norms: torch.Tensor, size: int, head_dim: int) -> torch.Tensor:
+    """core.qjl.estimate: float32 [..., head_dim]."""
+    places = torch.arange(8, dtype=torch.uint8, device=signs.device)
+    ones = (signs[..., None] >> places & 1).flatten(-2)[..., :size].float() * 2 - 1
+    return ones @ _projection(size, head_dim, signs.device) * (norms.float() * (math.sqrt(math.pi / 2) / size))[..., None]

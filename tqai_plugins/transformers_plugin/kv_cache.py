@@ -28,7 +28,8 @@ class CacheOptions:
                                     the speed of an uncompressed cache, and more memory than one.
     sink_tokens: default 4 with residual, else 0. They are the first positions, padding included.
     backend: torch is the only one for a transformers model. device: the model's, which is the default.
-    use_qjl, qjl_sketch_size: the paper's second stage; refused, since it makes answers worse (see core.qjl).
+    use_qjl: the paper's second stage for keys: qjl_sketch_size signs and a norm a key more, read densely.
+        Off, since it was measured to make answers worse at every width (core.qjl); raise bits_k instead.
     """
 
     bits_k: int = DEFAULT_BITS[0]
@@ -57,11 +58,8 @@ class CacheOptions:
         except (RuntimeError, TypeError) as error:
             message = f"device is {self.device!r}; expected the model's, e.g. 'cpu' or 'cuda:0', or None"
             raise ValueError(message) from error
-        if self.use_qjl is not False:
-            raise ValueError(
-                f"use_qjl is {self.use_qjl!r}; only False is allowed: with its sketch the same bytes were measured "
-                "to answer worse at every width, so the cache has no QJL stage; raise bits_k instead"
-            )
+        if not isinstance(self.use_qjl, bool):
+            raise ValueError(f"use_qjl is {self.use_qjl!r}; allowed are True and False")
 
     @classmethod
     def of(cls, **given) -> CacheOptions:
@@ -103,9 +101,12 @@ class CompressedLayer(DynamicLayer):
                 "the cache lies where the model is: move the model, or leave device out"
             )
         keep_dense = self.options.cache_strategy == "incremental"
+        sketch_size = self.options.qjl_sketch_size if self.options.use_qjl else 0
         self.stores = tuple(
-            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts)
-            for states, bits in ((key_states, self.options.bits_k), (value_states, self.options.bits_v))
+            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size)
+            for states, bits, size in (
+                (key_states, self.options.bits_k, sketch_size), (value_states, self.options.bits_v, 0)
+            )  # fmt: skip
         )
         self.is_initialized = True
 

@@ -65,7 +65,7 @@ def _attention(
 ) -> torch.Tensor | None:
     """scaled_dot_product_attention over codes, or None where it must be done on dense states."""
     coded = isinstance(key, StoredStates) and isinstance(value, StoredStates) and not isinstance(query, StoredStates)
-    if not coded or query.ndim != 4 or dropout_p or is_causal:
+    if not coded or query.ndim != 4 or dropout_p or is_causal or key.snapshot.sketch is not None:
         return None
     batch, heads, rows, _ = query.shape
     kv_heads = key.shape[1]

@@ -55,6 +55,15 @@ class TokenBuffer:
 
 
 @dataclass(frozen=True)
+class Sketch:
+    """What the codes of the coded tokens leave over, as core.qjl sketches it: packed signs and norms."""
+
+    signs: torch.Tensor
+    norms: torch.Tensor
+    size: int
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """All tokens of a store at one moment: the first `sinks` exact ones, the coded ones, the other exact ones."""
 
@@ -64,6 +73,7 @@ class Snapshot:
     sinks: int
     bits: int
     counts: Counts
+    sketch: Sketch | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -89,13 +99,19 @@ class Snapshot:
         matrix = codec.level_matrix(Rotation(self.shape[3]), self.codes.device)
         for part, levels, scales in self.tiles():
             coded[:, :, part] = levels @ matrix * scales[..., None]
+            if self.sketch is not None:
+                signs, norms = self.sketch.signs[:, :, part], self.sketch.norms[:, :, part]
+                coded[:, :, part] += codec.estimate(signs, norms, self.sketch.size, self.shape[3]).to(coded.dtype)
         return out
 
 
 class VectorStore:
     """Keys or values of one layer: exact first tokens, codes, exact last tokens, which turn to codes in order."""
 
-    def __init__(self, first: torch.Tensor, bits: int, sink_tokens: int, window: int, keep_dense: bool, counts: Counts):
+    def __init__(
+        self, first: torch.Tensor, bits: int, sink_tokens: int, window: int, keep_dense: bool, counts: Counts,
+        sketch_size: int = 0,
+    ):  # fmt: skip
         none = first.detach()[:, :, :0]
         codes, scales = codec.quantize(none, bits)
         self.bits, self.window, self.sink_tokens, self.counts = bits, window, sink_tokens, counts
@@ -104,10 +120,13 @@ class VectorStore:
         self.exact = TokenBuffer(none, self.exact_capacity)
         self.codes, self.scales = TokenBuffer(codes), TokenBuffer(scales)
         self.dense = TokenBuffer(none) if keep_dense else None
+        self.sketch_size = sketch_size
+        # Signs and norms of what the codes leave over, token by token with the codes.
+        self.sketch = [TokenBuffer(part) for part in codec.sketch(none.float(), sketch_size)] if sketch_size else []
 
     @property
     def buffers(self) -> list[TokenBuffer]:
-        return [self.exact, self.codes, self.scales] + ([self.dense] if self.dense is not None else [])
+        return [self.exact, self.codes, self.scales, *self.sketch] + ([self.dense] if self.dense is not None else [])
 
     @property
     def length(self) -> int:
@@ -139,6 +158,11 @@ class VectorStore:
         self.counts.quantized += scales.numel()
         self.codes.append(codes)
         self.scales.append(scales)
+        if self.sketch:
+            leaving = exact[:, :, first:last].float()
+            left_over = leaving - codec.dequantize(codes, scales, self.bits, exact.shape[3])
+            for buffer, part in zip(self.sketch, codec.sketch(left_over, self.sketch_size)):
+                buffer.append(part)
         # A new buffer, since a snapshot may still look at the old one.
         self.exact = TokenBuffer(exact[:, :, :first], self.exact_capacity)
         self.exact.append(exact[:, :, last:])
@@ -150,13 +174,17 @@ class VectorStore:
         exact, codes, scales = self.exact.tokens, self.codes.tokens, self.scales.tokens
         if start:
             exact, codes, scales = exact[:, :, min(start, sinks) :], codes[:, :, coded:], scales[:, :, coded:]
-        return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts)
+        sketch = None
+        if self.sketch:
+            sketch = Sketch(*(buffer.tokens[:, :, coded:] for buffer in self.sketch), self.sketch_size)
+        return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch)
 
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens. The window refills with the tokens that follow."""
         keep = max(self.length - count, 0)
         coded = max(min(self.codes.length, keep - self.sink_tokens), 0)
-        self.codes.length = self.scales.length = coded
+        for buffer in (self.codes, self.scales, *self.sketch):
+            buffer.length = coded
         self.exact.length = keep - coded
         if self.dense is not None:
             self.dense.length = keep
