@@ -1,0 +1,127 @@
+"""Compressed pages in plain PyTorch, and prefill over them in tiles, against dense attention."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tqai_plugins.core import reference
+from tqai_plugins.core.codebook import Codebook
+from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.torch_kernels import codec, paged, prefill
+
+PAGE = 16
+
+
+def filled(fmt, lengths, kv_heads=2):
+    """Pages of random noise, then each sequence's keys and values stored on shuffled ones."""
+    g = torch.Generator().manual_seed(0)
+    each = -(-max(lengths) // PAGE)
+    count = len(lengths) * each
+    pages = torch.randint(0, 256, (count, kv_heads, fmt.page_layout(PAGE).page_bytes), dtype=torch.uint8, generator=g)
+    table = torch.randperm(count, generator=g).view(len(lengths), each)
+    states = []
+    for i, n in enumerate(lengths):
+        k, v = torch.randn(2, n, kv_heads, fmt.head_dim, generator=g)
+        token = torch.arange(n)
+        paged.store(k, v, pages, table[i][token // PAGE] * PAGE + token % PAGE, fmt, PAGE)
+        states.append((k, v))
+    return pages, table, states
+
+
+@pytest.mark.parametrize("bits", [(4, 2), (3, 3), (8, 4), (2, 8)], ids=lambda b: f"k{b[0]}v{b[1]}")
+def test_pages_hold_what_the_reference_writes(bits):
+    fmt = KVFormat(*bits, 64)
+    pages, table, states = filled(fmt, [37, 5])
+    for i, (k, v) in enumerate(states):
+        start, end = 3, k.shape[0]
+        for got, x, width in zip(paged.dequantize(pages, table[i], start, end, fmt, PAGE), (k, v), bits):
+            packed, scales = codec.quantize(x, width)
+            book = Codebook.lloyd_max(64, width)
+            expected = reference.dequantize_rotated(packed.numpy(), scales.numpy(), width, book)
+            torch.testing.assert_close(got, torch.from_numpy(expected)[start:end])
+
+
+def test_a_skipped_slot_changes_nothing_and_a_bad_vector_reads_as_nan():
+    fmt = KVFormat(4, 2, 64)
+    pages, table, states = filled(fmt, [20])
+    before = pages.clone()
+    paged.store(*(x[:3] for x in states[0]), pages, torch.full((3,), -1), fmt, PAGE)
+    assert torch.equal(pages, before)
+    bad = states[0][0][:1].clone()
+    bad[0, 0, 5] = torch.nan
+    paged.store(bad, states[0][1][:1], pages, table[0][:1] * PAGE, fmt, PAGE)
+    out = paged.attention(torch.randn(1, 4, 64), pages, table[0], 20, fmt, PAGE, 0.125)
+    assert torch.isnan(out[:, :2]).all() and torch.isfinite(out[:, 2:]).all()
+
+
+@pytest.mark.parametrize("window, soft_cap, sinks", [(None, None, False), (9, None, True), (None, 3.0, True)])
+def test_attention_is_attention_over_the_dequantized(window, soft_cap, sinks):
+    fmt, queries, length = KVFormat(8, 8, 32), 4, 41
+    pages, table, _ = filled(fmt, [length])
+    q = torch.randn(queries, 6, 32)
+    extra = torch.randn(6) if sinks else None
+    got = paged.attention(
+        q, pages, table[0], length, fmt, PAGE, 0.2, sliding_window=window, soft_cap=soft_cap, sinks=extra
+    )
+    k, v = (codec.rotate_back(x).repeat_interleave(3, 1) for x in paged.dequantize(pages, table[0], 0, length, fmt, PAGE))
+    for t in range(queries):
+        last = length - queries + t
+        first = 0 if window is None else last - window + 1
+        score = torch.einsum("hd,thd->ht", q[t], k[first : last + 1]) * 0.2
+        if soft_cap:
+            score = soft_cap * torch.tanh(score / soft_cap)
+        if sinks:
+            score = torch.cat([score, extra[:, None]], 1)
+        weights = score.softmax(-1)[:, : last + 1 - first]
+        torch.testing.assert_close(got[t], torch.einsum("ht,thd->hd", weights, v[first : last + 1]), atol=1e-4, rtol=1e-4)
+
+
+def test_tiles_hold_every_token_once_and_no_request_without_tokens():
+    lengths = [5, 0, 3, 20, 0, 0, 1]
+    tiles = prefill.plan_tiles(lengths, 8)
+    found = [0] * len(lengths)
+    for tile in tiles:
+        assert 0 < sum(s.end - s.start for s in tile) <= 8
+        assert [s.request for s in tile] == list(range(tile[0].request, tile[-1].request + 1))
+        for s in tile:
+            assert s.start == found[s.request]
+            found[s.request] = s.end
+    assert found == lengths
+
+
+@pytest.mark.parametrize("tile_tokens", [16, 32, 1000])
+def test_a_chunk_over_cached_tokens_in_tiles_is_attention_over_all(tile_tokens):
+    """Own chunk exactly, cached tokens as codes tile by tile, merged by log-sum-exp."""
+    fmt, scale = KVFormat(4, 3, 32), 0.2
+    contexts, chunks = [40, 0, 7, 70], [3, 5, 1, 2]
+    pages, table, states = filled(fmt, [c + 1 for c in contexts])
+    starts = [0, *torch.tensor(chunks).cumsum(0).tolist()]
+    query = torch.randn(starts[-1], 4, 32)
+    own_k, own_v = torch.randn(2, starts[-1], 2, 32)
+
+    def dense(q, k, v, mask=None):
+        """Output and log-sum-exp of q [n, 4, d] over k, v [tokens, 2, d]."""
+        score = torch.einsum("qhd,thd->qht", q, k.repeat_interleave(2, 1)) * scale
+        if mask is not None:
+            score = score.masked_fill(mask[:, None], float("-inf"))
+        return torch.einsum("qht,thd->qhd", score.softmax(-1), v.repeat_interleave(2, 1)), score.logsumexp(-1)
+
+    def attend_tile(queries, segments, first):
+        outs = []
+        for s in segments:
+            rows = slice(starts[s.request] - starts[first], starts[s.request + 1] - starts[first])
+            outs.append(dense(queries[rows], *paged.dequantize(pages, table[s.request], s.start, s.end, fmt, PAGE)))
+        return torch.cat([o for o, _ in outs]), torch.cat([lse for _, lse in outs])
+
+    cached, cached_lse = prefill.attend_cached(codec.rotate(query), starts, contexts, tile_tokens, attend_tile)
+    for i, context in enumerate(contexts):
+        rows = slice(starts[i], starts[i + 1])
+        causal = torch.ones(chunks[i], chunks[i], dtype=torch.bool).triu(1)
+        own, lse = dense(query[rows], own_k[rows], own_v[rows], causal)
+        got, _ = prefill.merge(own, lse, codec.rotate_back(cached[rows]), cached_lse[rows])
+        k, v = (codec.rotate_back(x) for x in paged.dequantize(pages, table[i], 0, context, fmt, PAGE)) if context else (
+            torch.empty(0, 2, 32), torch.empty(0, 2, 32)
+        )  # fmt: skip
+        mask = torch.cat([torch.zeros(chunks[i], context, dtype=torch.bool), causal], 1)
+        expected, _ = dense(query[rows], torch.cat([k, own_k[rows]]), torch.cat([v, own_v[rows]]), mask)
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
