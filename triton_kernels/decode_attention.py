@@ -13,16 +13,17 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
 from .merge import merge
+from .recent import RecentPages
 from .unpack import (
     PLANES, four_planes, four_planes_signed, key_coordinate, load_levels, sign_byte, sign_plane, two_planes, unpack_ptx,
 )
 from .workspace import Workspace
 
-TILE = 64  # tokens a step
+TILE = RECENT_PAGE_TOKENS  # tokens a step
 MAX_SPLITS = 128
 
 
@@ -127,16 +128,75 @@ def _load_tile(
     return x, x_sign, z, z_sign, k_scale, v_scale
 
 
+@triton.jit
+def _softmax_weights(
+    s, k_scale, v_scale, token, length, last_seen, window, soft_cap, scale, bias, ref, v_unit, total, half, a0, a1, a2, a3,
+    H: tl.constexpr, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, F_V: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """One tile of the online softmax: int8 weights [TILE, 2 H], and the sums under its reference and unit.
+
+    Weights are whole numbers in units of v_unit * exp2(ref): sums stay integers while ref and
+    v_unit stand. Both have headroom, so that a split changes them only a few times.
+    """
+    k_scale = k_scale.to(tl.float32)
+    v_scale = v_scale.to(tl.float32)
+    s_hi, s_lo = tl.split(tl.reshape(s, [TILE, H, 2]))
+    score = ((s_hi * 254 + s_lo).to(tl.float32) * scale[None, :] + bias[None, :]) * k_scale[:, None]
+    if SOFT_CAP:  # scores are in units of log 2
+        e = tl.exp2(score * (2.0 / soft_cap))
+        score = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (e + 1.0))
+    if QUERY_LEN > 1 or WINDOW:
+        seen = token[:, None] <= last_seen[None, :]
+        if WINDOW:
+            seen = seen & (token[:, None] > last_seen[None, :] - window)
+        score = tl.where(seen, score, float("-inf"))
+    if tl.max(token, 0) >= length:
+        score = tl.where((token < length)[:, None], score, float("-inf"))
+        v_scale = tl.where(token < length, v_scale, 0.0)
+    if (tl.max(tl.max(score - ref[None, :], 1), 0) > 0.0) | (tl.max(v_scale, 0) > 127.0 * v_unit):
+        page_top = tl.max(score, 0)
+        new_ref = tl.where(page_top > ref, page_top + 1.0, ref)
+        new_unit = tl.maximum(v_unit, tl.max(v_scale, 0) * (1.25 / 127.0))
+        decay = tl.exp2(ref - new_ref)
+        total = total * decay[None, :]
+        factor = decay * (v_unit / new_unit)
+        half = half * factor[None, :]
+        column_factor = tl.reshape(tl.join(factor, factor), [2 * H])
+        a0 = _rescale(a0, column_factor)
+        if F_V >= 2:
+            a1 = _rescale(a1, column_factor)
+        if F_V == 4:
+            a2 = _rescale(a2, column_factor)
+            a3 = _rescale(a3, column_factor)
+        ref = new_ref
+        v_unit = new_unit
+    p = tl.exp2(score - ref[None, :])
+    total += p
+    x_p = p * (v_scale * (1.0 / v_unit))[:, None]
+    half += x_p
+    shifted = x_p + 12582912.0
+    lo = (x_p - (shifted - 12582912.0)) * 254.0
+    weights = tl.join(shifted.to(tl.int32, bitcast=True).to(tl.int8), _low_byte(lo))
+    return tl.reshape(weights, [TILE, 2 * H]), ref, v_unit, total, half, a0, a1, a2, a3
+
+
+@triton.jit
+def _load_codes(base, rows, row_stride, columns, column_stride, mask):
+    return tl.load(base + rows * row_stride + columns * column_stride, mask=mask, other=0).to(tl.int8, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["num_splits", "window", "table_stride"])
 def _decode_kernel(
-    planes, q_scale, q_bias, pages, block_table, seq_lens, partial, lse, k_levels, v_levels, lifts,
-    table_stride, page_stride, head_stride, num_splits, window, soft_cap,
+    planes, q_scale, q_bias, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse, k_levels, v_levels, lifts,
+    table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, RECENT: tl.constexpr,
+    RECENT_V_CODES: tl.constexpr, RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
     NUM_KV_HEADS: tl.constexpr = NUM_Q_HEADS // GROUP
@@ -150,13 +210,13 @@ def _decode_kernel(
     length = tl.load(seq_lens + sequence)
     r = first_row + tl.arange(0, H)
     c = first_row + tl.arange(0, C) // 2
-    row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
+    query_row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
     column_row = (sequence * QUERY_LEN + c // GROUP) * NUM_Q_HEADS + head * GROUP + c % GROUP
     real = r < GROUP * QUERY_LEN
     real_column = c < GROUP * QUERY_LEN
     plane = tl.arange(0, C) % 2
-    scale = tl.load(q_scale + row, mask=real, other=0.0)
-    bias = tl.load(q_bias + row, mask=real, other=0.0)
+    scale = tl.load(q_scale + query_row, mask=real, other=0.0)
+    bias = tl.load(q_bias + query_row, mask=real, other=0.0)
     last_seen = length - QUERY_LEN + r // GROUP  # position of each row's query
 
     tiles = tl.cdiv(length, TILE)
@@ -166,6 +226,12 @@ def _decode_kernel(
     per_split = tl.cdiv(tiles - first_tile, num_splits)
     start = first_tile + split * per_split
     stop = tl.minimum(start + per_split, tiles)
+    coded_stop = stop
+    if RECENT:  # the last one or two tiles are read from their 8-bit copies
+        newer = tl.load(recent_table + 2 * sequence + 1)
+        older = tl.load(recent_table + 2 * sequence)
+        copied = tl.where(newer < 0, 0, tl.where(older < 0, 1, 2))
+        coded_stop = tl.minimum(stop, tiles - copied)
 
     n = tl.arange(0, TILE)
     jk = tl.arange(0, KB)
@@ -185,11 +251,9 @@ def _decode_kernel(
     total = tl.zeros([TILE, H], tl.float32)
     half = tl.zeros([TILE, H], tl.float32)
     a0 = tl.zeros([VB, C], tl.int32)
-    if F_V >= 2:
-        a1 = tl.zeros([VB, C], tl.int32)
-    if F_V == 4:
-        a2 = tl.zeros([VB, C], tl.int32)
-        a3 = tl.zeros([VB, C], tl.int32)
+    a1 = tl.zeros([VB if F_V >= 2 else 1, C], tl.int32)
+    a2 = tl.zeros([VB if F_V == 4 else 1, C], tl.int32)
+    a3 = tl.zeros([VB if F_V == 4 else 1, C], tl.int32)
     # Tables of the byte permutes. Loads and broadcasts let the compiler decode in the operand's layout.
     k_p, k_q = _permute_table(k_levels, TILE, KB)
     v_p, v_q = _permute_table(v_levels, VB, TILE)
@@ -198,16 +262,12 @@ def _decode_kernel(
     if BITS_V == 3:
         v_lift = tl.broadcast_to(tl.load(lifts + jv[:, None]), [VB, TILE])
 
-    for tile in tl.range(start, stop, num_stages=STAGES):
+    for tile in tl.range(start, coded_stop, num_stages=STAGES):
         x, x_sign, z, z_sign, k_scale, v_scale = _load_tile(
             pages, block_table + sequence * table_stride, head * head_stride, tile, length,
             page_stride, k_levels, v_levels, D, BITS_K, BITS_V, K_BYTES, V_CODES, K_SCALES, V_SCALES,
             PAGE, TILE, KB, VB, F_K, F_V, USE_PTX,
         )
-        token = tile * TILE + n
-        k_scale = k_scale.to(tl.float32)
-        v_scale = v_scale.to(tl.float32)
-
         if F_K == 1:
             s = tl.dot(x.to(tl.int8, bitcast=True), q0, out_dtype=tl.int32)
         elif F_K == 2:
@@ -223,47 +283,10 @@ def _decode_kernel(
             s = tl.dot(k1, q1, s, out_dtype=tl.int32)
             s = tl.dot(k2, q2, s, out_dtype=tl.int32)
             s = tl.dot(k3, q3, s, out_dtype=tl.int32)
-        s_hi, s_lo = tl.split(tl.reshape(s, [TILE, H, 2]))
-        score = ((s_hi * 254 + s_lo).to(tl.float32) * scale[None, :] + bias[None, :]) * k_scale[:, None]
-        if SOFT_CAP:  # scores are in units of log 2
-            e = tl.exp2(score * (2.0 / soft_cap))
-            score = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (e + 1.0))
-        if QUERY_LEN > 1 or WINDOW:
-            seen = token[:, None] <= last_seen[None, :]
-            if WINDOW:
-                seen = seen & (token[:, None] > last_seen[None, :] - window)
-            score = tl.where(seen, score, float("-inf"))
-        if (tile + 1) * TILE > length:
-            score = tl.where((token < length)[:, None], score, float("-inf"))
-            v_scale = tl.where(token < length, v_scale, 0.0)
-
-        # Weights are whole numbers in units of v_unit * exp2(ref): sums stay integers while ref and
-        # v_unit stand. Both have headroom, so that a split changes them only a few times.
-        if (tl.max(tl.max(score - ref[None, :], 1), 0) > 0.0) | (tl.max(v_scale, 0) > 127.0 * v_unit):
-            page_top = tl.max(score, 0)
-            new_ref = tl.where(page_top > ref, page_top + 1.0, ref)
-            new_unit = tl.maximum(v_unit, tl.max(v_scale, 0) * (1.25 / 127.0))
-            decay = tl.exp2(ref - new_ref)
-            total = total * decay[None, :]
-            factor = decay * (v_unit / new_unit)
-            half = half * factor[None, :]
-            column_factor = tl.reshape(tl.join(factor, factor), [C])
-            a0 = _rescale(a0, column_factor)
-            if F_V >= 2:
-                a1 = _rescale(a1, column_factor)
-            if F_V == 4:
-                a2 = _rescale(a2, column_factor)
-                a3 = _rescale(a3, column_factor)
-            ref = new_ref
-            v_unit = new_unit
-        p = tl.exp2(score - ref[None, :])
-        total += p
-        x_p = p * (v_scale * (1.0 / v_unit))[:, None]
-        half += x_p
-        shifted = x_p + 12582912.0
-        lo = (x_p - (shifted - 12582912.0)) * 254.0
-        weights = tl.join(shifted.to(tl.int32, bitcast=True).to(tl.int8), _low_byte(lo))
-        weights = tl.reshape(weights, [TILE, C])
+        weights, ref, v_unit, total, half, a0, a1, a2, a3 = _softmax_weights(
+            s, k_scale, v_scale, tile * TILE + n, length, last_seen, window, soft_cap, scale, bias,
+            ref, v_unit, total, half, a0, a1, a2, a3, H, QUERY_LEN, WINDOW, SOFT_CAP, F_V, TILE,
+        )
         if F_V == 1:
             a0 = tl.dot(z.to(tl.int8, bitcast=True), weights, a0, out_dtype=tl.int32)
         elif F_V == 2:
@@ -280,9 +303,35 @@ def _decode_kernel(
             a2 = tl.dot(v2, weights, a2, out_dtype=tl.int32)
             a3 = tl.dot(v3, weights, a3, out_dtype=tl.int32)
 
+    if RECENT:
+        # Keys in natural order against queries in natural order; values by the rows of each accumulator.
+        for tile in tl.range(tl.maximum(start, coded_stop), stop, num_stages=1):
+            page = recent_pages + tl.where(tile == tiles - 1, newer, older).to(tl.int64) * recent_page_stride
+            page += head * recent_head_stride
+            s = tl.zeros([TILE, C], tl.int32)
+            for f in tl.static_range(F_K):
+                if f * KB < D:
+                    j = f * KB + jk
+                    x8 = _load_codes(page, n[:, None], D, j[None, :], 1, (j < D)[None, :])
+                    s = tl.dot(x8, _query_plane(planes, column_row, plane, j, real_column, D), s, out_dtype=tl.int32)
+            k_scale = tl.load((page + RECENT_K_SCALES + 2 * n).to(tl.pointer_type(tl.float16)))
+            v_scale = tl.load((page + RECENT_V_SCALES + 2 * n).to(tl.pointer_type(tl.float16)))
+            weights, ref, v_unit, total, half, a0, a1, a2, a3 = _softmax_weights(
+                s, k_scale, v_scale, tile * TILE + n, length, last_seen, window, soft_cap, scale, bias,
+                ref, v_unit, total, half, a0, a1, a2, a3, H, QUERY_LEN, WINDOW, SOFT_CAP, F_V, TILE,
+            )
+            values = page + RECENT_V_CODES
+            row = (jv * F_V)[:, None]
+            a0 = tl.dot(_load_codes(values, row, TILE, n[None, :], 1, row < D), weights, a0, out_dtype=tl.int32)
+            if F_V >= 2:
+                a1 = tl.dot(_load_codes(values, row + 1, TILE, n[None, :], 1, row + 1 < D), weights, a1, out_dtype=tl.int32)
+            if F_V == 4:
+                a2 = tl.dot(_load_codes(values, row + 2, TILE, n[None, :], 1, row + 2 < D), weights, a2, out_dtype=tl.int32)
+                a3 = tl.dot(_load_codes(values, row + 3, TILE, n[None, :], 1, row + 3 < D), weights, a3, out_dtype=tl.int32)
+
     total = tl.sum(total, 0)
     half = tl.sum(half, 0)
-    out_row = row.to(tl.int64) * num_splits + split
+    out_row = query_row.to(tl.int64) * num_splits + split
     inverse = 1.0 / tl.where(total == 0, 1.0, total)
     # Rows beyond the group are not stored: their column points nowhere.
     out = partial + tl.where(real, out_row, 0) * D
@@ -346,6 +395,7 @@ def decode_attention(
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    recent: RecentPages | None = None,
     ptx: bool | None = None,
     tuned: Tuning | None = None,
 ) -> None:
@@ -355,7 +405,8 @@ def decode_attention(
     page_bytes]; block_table int32 [sequences, >= pages of the longest]; seq_lens int32 [sequences],
     stored tokens, the new ones included; output [sequences * query_len, q_heads, head_dim] in the
     model's dtype. sinks float32 [q_heads]: logits without a value. lse float32 [sequences * query_len,
-    q_heads], filled with the natural log-sum-exp if given. A sequence of length 0 gets zeros.
+    q_heads], filled with the natural log-sum-exp if given. recent: 8-bit copies of the last tokens, read in
+    place of their codes. A sequence of length 0 gets zeros.
     """
     num_sequences = seq_lens.shape[0]
     num_q_heads, head_dim = output.shape[-2:]
@@ -369,20 +420,22 @@ def decode_attention(
     splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)
     padded = triton.next_power_of_2(head_dim)
     layout = fmt.page_layout(page_tokens)
+    copy = recent or RecentPages.none(pages, block_table)
+    copy_layout = copy.layout(head_dim)
     k_planes = PLANES[fmt.bits_k] if ptx else 1
     v_planes = PLANES[fmt.bits_v] if ptx else 1
     _decode_kernel[(num_sequences, num_kv_heads * triton.cdiv(rows, columns), splits)](
         workspace.planes, workspace.q_scale, workspace.q_bias, pages, block_table, seq_lens,
-        workspace.partial, workspace.lse,
+        copy.pages, copy.table, workspace.partial, workspace.lse,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
         device_tables.lifts(device),
-        block_table.stride(0), pages.stride(0), pages.stride(1), splits, sliding_window or 0, soft_cap or 0.0,
+        block_table.stride(0), pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), splits, sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
         fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
         max(32, padded // k_planes), max(16, padded // v_planes),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
-        sliding_window is not None, soft_cap is not None, tuned.stages,
+        sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes, copy_layout.k_scales, copy_layout.v_scales,
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
     merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

@@ -3,6 +3,8 @@ quantize keys and values and write them into their pages."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +12,23 @@ from tqai_plugins.core.codebook import SEARCH, TOP
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .recent import RecentPages
 from .unpack import sign_plane
 from .workspace import Workspace
 
-ROWS = 16  # rows a program: the smallest tile of the matrix unit
+@dataclass(frozen=True)
+class Tiling:
+    """rows a program holds at a time; copies of each key and value among them, which share the grids of
+    the scale search between them; warps. Many copies for latency, one for throughput."""
+
+    rows: int
+    copies: int
+    warps: int
+
+
+DECODE = Tiling(16, len(SEARCH), 4)  # 16 rows are the smallest tile of the matrix unit
+PREFILL = Tiling(64, 1, 8)
+PREFILL_VECTORS = 4096  # from here on the machine is full without copies
 
 
 @triton.jit
@@ -32,54 +47,96 @@ def _rotated(x_ptr, row_offsets, valid, matrix, norm, D: tl.constexpr, DP: tl.co
 
 
 @triton.jit
-def _encode(y, grid_of_row, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-            NUM_GRIDS: tl.constexpr, TOP: tl.constexpr):
-    """core.reference.encode, a grid a row: rows come in groups of NUM_GRIDS copies of one vector.
-
-    Magnitude index [rows, DP], scale [rows] (NaN marks a flagged vector), and which row of its group
-    to keep, [rows].
-    """
-    d = tl.arange(0, DP)
-    inside = (d < D)[None, :]
-    size = tl.where(inside, tl.abs(y), 0.0)
+def _size_and_rms(y, D: tl.constexpr, DP: tl.constexpr):
+    """|y| with zeros in the padding, its root mean square, and whether the vector can be scaled."""
+    size = tl.abs(y)
+    if D < DP:
+        size = tl.where((tl.arange(0, DP) < D)[None, :], size, 0.0)
     rms = tl.sqrt(tl.sum(size * size, 1) / D)
-    live = (rms > 1e-18) & (rms < float("inf"))
-    index = tl.zeros(y.shape, tl.int32)
-    if BITS == 8:
-        grid = tl.where(live, tl.max(size, 1) / TOP, 1.0)
-        index = tl.minimum(tl.floor(size / grid[:, None]), 127.0).to(tl.int32)
-        level = index.to(tl.float32) + 0.5
-    else:
-        grid = rms * tl.load(table + grid_of_row)
-        boundaries = table + NUM_GRIDS
-        magnitudes = boundaries + (1 << (BITS - 1)) - 1
+    return size, rms, (rms > 1e-18) & (rms < float("inf"))
+
+
+@triton.jit
+def _fit(size, level, D: tl.constexpr, DP: tl.constexpr):
+    """Sums of size * level and of level * level, [rows]."""
+    if D < DP:
+        level = tl.where((tl.arange(0, DP) < D)[None, :], level, 0.0)
+    return tl.sum(size * level, 1), tl.sum(level * level, 1)
+
+
+@triton.jit
+def _encode_eight(y, D: tl.constexpr, DP: tl.constexpr, TOP: tl.constexpr):
+    """core.reference.encode at 8 bits: magnitude index [rows, DP], scale [rows], whether it is live [rows]."""
+    size, rms, live = _size_and_rms(y, D, DP)
+    grid = tl.where(live, tl.max(size, 1) / TOP, 1.0)
+    index = tl.minimum(tl.floor(size / grid[:, None]), 127.0)
+    along, energy = _fit(size, index + 0.5, D, DP)
+    return index.to(tl.int32), _flagged(along / energy, rms, live), live
+
+
+@triton.jit
+def _flagged(scale, rms, live):
+    """0 for a vector of zeros, NaN for one that is not finite."""
+    return tl.where(live, scale, tl.where(rms < float("inf"), 0.0, float("nan")))
+
+
+@triton.jit
+def _encode(y, copy, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
+            NUM_GRIDS: tl.constexpr, COPIES: tl.constexpr):
+    """core.reference.encode with its scale search; rows come in groups of COPIES equal vectors.
+
+    As _encode_eight, and whether a row has its vector's best grid.
+    """
+    VECTORS: tl.constexpr = y.shape[0] // COPIES
+    size, rms, live = _size_and_rms(y, D, DP)
+    boundaries = table + NUM_GRIDS
+    magnitudes = boundaries + (1 << (BITS - 1)) - 1
+    best_merit = tl.full([y.shape[0]], -1.0, tl.float32)
+    best_grid = rms
+    best_scale = rms
+    best_number = copy
+    for g in tl.static_range(NUM_GRIDS // COPIES):
+        number = g * COPIES + copy
+        grid = rms * tl.load(table + number)
         level = tl.zeros(y.shape, tl.float32) + tl.load(magnitudes)
         for j in tl.static_range((1 << (BITS - 1)) - 1):
             above = size > (grid * tl.load(boundaries + j))[:, None]
-            index = tl.where(above, j + 1, index)
             level = tl.where(above, tl.load(magnitudes + j + 1), level)
-    level = tl.where(inside, level, 0.0)
-    along = tl.sum(size * level, 1)
-    energy = tl.sum(level * level, 1)
-    merit = tl.reshape(along * along / energy, [y.shape[0] // NUM_GRIDS, NUM_GRIDS])
-    # argmax takes the first of equals; a flagged or zero vector keeps its first copy.
-    merit = tl.where(merit == merit, merit, 0.0)
-    first = tl.argmax(merit, 1)
-    best = tl.reshape(tl.broadcast_to(first[:, None], [y.shape[0] // NUM_GRIDS, NUM_GRIDS]), [y.shape[0]])
-    scale = tl.where(live, along / energy, tl.where(rms < float("inf"), 0.0, float("nan")))
-    return tl.where(live[:, None], index, 0), scale, live, best == grid_of_row
+        along, energy = _fit(size, level, D, DP)
+        merit = along * along / energy
+        merit = tl.where(live & (merit == merit), merit, 0.0)
+        better = merit > best_merit  # the first of equals
+        best_merit = tl.where(better, merit, best_merit)
+        best_grid = tl.where(better, grid, best_grid)
+        best_scale = tl.where(better, along / energy, best_scale)
+        best_number = tl.where(better, number, best_number)
+    index = tl.zeros(y.shape, tl.int32)
+    for j in tl.static_range((1 << (BITS - 1)) - 1):
+        index += (size > (best_grid * tl.load(boundaries + j))[:, None]).to(tl.int32)
+    keep = live | (copy == 0)
+    if COPIES > 1:
+        top = tl.max(tl.reshape(best_merit, [VECTORS, COPIES]), 1)
+        top = tl.reshape(tl.broadcast_to(top[:, None], [VECTORS, COPIES]), [y.shape[0]])
+        number = tl.where(best_merit == top, best_number, NUM_GRIDS)
+        number = tl.min(tl.reshape(number, [VECTORS, COPIES]), 1)
+        keep = best_number == tl.reshape(tl.broadcast_to(number[:, None], [VECTORS, COPIES]), [y.shape[0]])
+    return tl.where(live[:, None], index, 0), _flagged(best_scale, rms, live), live, keep
 
 
 @triton.jit
 def _store_vectors(
-    y, grid_of_row, table, page, token, codes_at, byte_stride, vector_stride, scales_at, valid, num_bytes: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NUM_GRIDS: tl.constexpr, TOP: tl.constexpr,
-    SCALE_DENOMINATOR: tl.constexpr,
+    y, copy, table, page, token, codes_at, byte_stride, vector_stride, scales_at, valid, num_bytes: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NUM_GRIDS: tl.constexpr, COPIES: tl.constexpr,
+    TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
 ):
     """Quantize rows and write their packed codes (core.bit_packing) and scales."""
     ROWS: tl.constexpr = y.shape[0]
-    index, scale, live, best = _encode(y, grid_of_row, table, D, DP, BITS, NUM_GRIDS, TOP)
-    valid = valid & best
+    if BITS == 8:
+        index, scale, live = _encode_eight(y, D, DP, TOP)
+        valid = valid & (copy == 0)
+    else:
+        index, scale, live, best = _encode(y, copy, table, D, DP, BITS, NUM_GRIDS, COPIES)
+        valid = valid & best
     negative = ((y < 0) & live[:, None]).to(tl.int32)
     stored = (scale * SCALE_DENOMINATOR).to(tl.float16)
     overflow = ~(stored.to(tl.float32) < float("inf"))
@@ -117,12 +174,16 @@ def _store_vectors(
 
 @triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"])
 def _prepare_kernel(
-    q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,
-    num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride, softmax_scale,
+    q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
+    planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,
+    num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride,
+    recent_page_stride, recent_head_stride, softmax_scale,
     NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,
     PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
-    NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr, ROWS: tl.constexpr,
+    RECENT: tl.constexpr, RECENT_PAGE: tl.constexpr, RECENT_V_CODES: tl.constexpr,
+    RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
+    NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
@@ -131,7 +192,7 @@ def _prepare_kernel(
     matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
     norm = tl.load(norms + d)
     query_programs = tl.cdiv(num_query_rows, ROWS)
-    VECTORS: tl.constexpr = ROWS // NUM_GRIDS  # each is encoded on every grid at once, a row each
+    VECTORS: tl.constexpr = ROWS // COPIES
     kv_programs = tl.cdiv(num_kv_rows, VECTORS)
     if program < query_programs:
         query_row = (program * ROWS + r).to(tl.int64)
@@ -152,23 +213,42 @@ def _prepare_kernel(
         tl.store(q_bias_ptr + query_row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
     else:
         is_key = program < query_programs + kv_programs
-        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // NUM_GRIDS
-        valid = row < num_kv_rows
+        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // COPIES
+        copy = r % COPIES
+        is_row = row < num_kv_rows
         token = row // NUM_KV_HEADS
         head = row % NUM_KV_HEADS
-        slot = tl.load(slot_ptr + token, mask=valid, other=-1).to(tl.int64)
+        slot = tl.load(slot_ptr + token, mask=is_row, other=-1).to(tl.int64)
         valid = slot >= 0
         slot = tl.maximum(slot, 0)
         page = pages_ptr + (slot // PAGE) * page_stride + head * head_stride
         in_page = slot % PAGE
+        if RECENT:
+            recent_slot = tl.load(recent_slot_ptr + token, mask=is_row, other=-1).to(tl.int64)
+            twin = recent_slot >= 0
+            recent_slot = tl.maximum(recent_slot, 0)
+            recent_page = recent_ptr + (recent_slot // RECENT_PAGE) * recent_page_stride + head * recent_head_stride
+            in_recent = recent_slot % RECENT_PAGE
         if is_key:
             y = _rotated(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, matrix, norm, D, DP)
-            _store_vectors(y, r % NUM_GRIDS, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
-                           D, DP, BITS_K, NUM_GRIDS, TOP, SCALE_DENOMINATOR)
+            _store_vectors(y, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
+                           D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+            if RECENT:
+                if tl.max(twin.to(tl.int32), 0) > 0:
+                    _store_vectors(y, copy, k_table, recent_page, in_recent, 0, 1, D, RECENT_K_SCALES, twin & valid, D,
+                                   D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
         else:
             y = _rotated(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, matrix, norm, D, DP)
-            _store_vectors(y, r % NUM_GRIDS, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
-                           D, DP, BITS_V, NUM_GRIDS, TOP, SCALE_DENOMINATOR)
+            _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
+                           D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+            if RECENT:
+                if tl.max(twin.to(tl.int32), 0) > 0:
+                    _store_vectors(y, copy, v_table, recent_page, in_recent, RECENT_V_CODES, RECENT_PAGE, 1,
+                                   RECENT_V_SCALES, twin & valid, D,
+                                   D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+
+
+LOG2_E = 1.4426950408889634
 
 
 def prepare(
@@ -181,34 +261,41 @@ def prepare(
     fmt: KVFormat,
     page_tokens: int,
     softmax_scale: float,
+    *,
+    recent: RecentPages | None = None,
+    tiling: Tiling | None = None,
 ) -> None:
     """Store a step's keys and values; turn its queries for decode_attention. One launch.
 
     query [tokens, q_heads, head_dim] or None (store only), key and value [new_tokens, kv_heads,
     head_dim], of any one float dtype, heads contiguous; slot_mapping int [>= new_tokens], page *
     page_tokens + offset, -1 to skip. pages uint8 [num_pages, kv_heads, page_bytes], laid out by
-    fmt.page_layout(page_tokens). A vector with NaN or infinity gets the scale NaN.
+    fmt.page_layout(page_tokens). recent: where tokens are kept at 8 bits too. A vector with NaN or
+    infinity gets the scale NaN.
     """
     num_tokens, num_kv_heads, head_dim = key.shape
     assert head_dim == fmt.head_dim and key.stride(1) == head_dim and value.stride(1) == head_dim
     queries = 0 if query is None else query.shape[0] * query.shape[1]
-    padded = triton.next_power_of_2(head_dim)
-    layout = fmt.page_layout(page_tokens)
-    device = key.device
-    programs = triton.cdiv(queries, ROWS) + 2 * triton.cdiv(num_tokens * num_kv_heads, ROWS // len(SEARCH))
+    vectors = num_tokens * num_kv_heads
+    tiling = tiling or (DECODE if vectors < PREFILL_VECTORS else PREFILL)
+    programs = triton.cdiv(queries, tiling.rows) + 2 * triton.cdiv(vectors, tiling.rows // tiling.copies)
     if programs == 0:
         return
+    padded = triton.next_power_of_2(head_dim)
+    layout = fmt.page_layout(page_tokens)
+    copy = recent or RecentPages.none(pages, slot_mapping)
+    copy_layout = copy.layout(head_dim)
+    device = key.device
     q = key if query is None else query
     _prepare_kernel[(programs,)](
-        q, key, value, pages, slot_mapping, workspace.planes, workspace.q_scale, workspace.q_bias,
+        q, key, value, pages, slot_mapping, copy.pages, copy.slots, workspace.planes, workspace.q_scale, workspace.q_bias,
         device_tables.signed_hadamard(head_dim, padded, key.dtype, device), device_tables.norms(head_dim, padded, device),
         device_tables.encoder(head_dim, fmt.bits_k, device), device_tables.encoder(head_dim, fmt.bits_v, device),
-        queries, num_tokens * num_kv_heads, q.stride(0), key.stride(0), value.stride(0),
-        pages.stride(0), pages.stride(1), softmax_scale * LOG2_E / SCALE_DENOMINATOR,
+        queries, vectors, q.stride(0), key.stride(0), value.stride(0),
+        pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), softmax_scale * LOG2_E / SCALE_DENOMINATOR,
         q.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
-        page_tokens, layout.v_codes, layout.k_scales, layout.v_scales, len(SEARCH), TOP, SCALE_DENOMINATOR, ROWS,
-        num_warps=4,
+        page_tokens, layout.v_codes, layout.k_scales, layout.v_scales,
+        recent is not None, copy_layout.page_tokens, copy_layout.v_codes, copy_layout.k_scales, copy_layout.v_scales,
+        len(SEARCH), TOP, SCALE_DENOMINATOR, tiling.rows, tiling.copies,
+        num_warps=tiling.warps,
     )
-
-
-LOG2_E = 1.4426950408889634

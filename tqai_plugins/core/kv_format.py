@@ -22,6 +22,11 @@ SCALE_BYTES = 2  # one float16 a vector
 # vector's root mean square, the middle of float16's range.
 SCALE_DENOMINATOR = 64
 
+# Servers keep the newest tokens of a sequence at 8 bits too, in pages of this many tokens: the page being
+# filled and the one before it.
+RECENT_PAGE_TOKENS = 64
+RECENT_PAGES = 2
+
 
 def packed_bytes(head_dim: int, bits: int) -> int:
     """Bytes that the codes of one vector fill (bit_packing says in which order)."""

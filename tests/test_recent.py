@@ -1,0 +1,137 @@
+"""Bookkeeping of the 8-bit copies against a plain model of what a copy must hold."""
+
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS as PAGE  # noqa: E402
+from tqai_plugins.torch_kernels.recent import RecentCopies, claim  # noqa: E402
+
+
+class Server:
+    """A scheduler with a page pool, prefix sharing, preemption and rejected tokens; every slot and every copy
+    holds the identity of the token last written to it."""
+
+    def __init__(self, claim, copies: int, page_tokens: int, seed: int, device="cpu"):
+        self.claim, self.random, self.page_tokens, self.device = claim, random.Random(seed), page_tokens, device
+        self.pages, self.max_pages = 64, 12
+        self.cache = {}  # slot -> token
+        self.copy = {}  # slot of a copy -> token
+        self.free = list(range(1, self.pages))
+        self.random.shuffle(self.free)
+        self.running = []  # [blocks, length, owned]
+        self.copies = RecentCopies.allocate(copies, 8, 512, device)
+        self.token = 0
+
+    def step(self):
+        r = self.random
+        if len(self.running) < 6 and r.random() < 0.4:
+            self.running.append({"blocks": [], "length": 0, "shared": 0, "prompt": r.choice([1, 30, 64, 65, 130, 300])})
+            if len(self.running) > 1 and r.random() < 0.5:  # a prefix of whole pages of another sequence
+                other = r.choice(self.running[:-1])
+                whole = other["length"] // self.page_tokens
+                if whole:
+                    shared = r.randint(1, whole)
+                    self.running[-1] |= {"blocks": other["blocks"][:shared], "shared": shared}
+                    self.running[-1]["length"] = shared * self.page_tokens
+        if self.running and r.random() < 0.06:  # finished or preempted: its own pages are free again
+            gone = self.running.pop(r.randrange(len(self.running)))
+            users = [b for s in self.running for b in s["blocks"]]
+            self.free += [b for b in set(gone["blocks"]) if b not in users]
+        rows, slots, starts = [], [], [0]
+        for s in self.running:
+            new = r.choice([s["prompt"], 7, 1]) if s["prompt"] else 1
+            if r.random() < 0.1:
+                new = 4  # a speculated block, later cut
+            new = min(new, self.max_pages * self.page_tokens - s["length"])
+            need = -(-(s["length"] + new) // self.page_tokens) - len(s["blocks"])
+            if new <= 0 or need > len(self.free):
+                continue
+            s["prompt"] = max(0, s["prompt"] - new)
+            s["blocks"] = s["blocks"] + [self.free.pop() for _ in range(need)]
+            written = []
+            for position in range(s["length"], s["length"] + new):
+                written.append(s["blocks"][position // self.page_tokens] * self.page_tokens + position % self.page_tokens)
+            rows.append((s, new))
+            slots += written
+            starts.append(len(slots))
+            s["length"] += new
+        if not rows:
+            return
+        tensor = lambda x: torch.tensor(x, dtype=torch.int32, device=self.device)
+        table = [s["blocks"] + [0] * (self.max_pages - len(s["blocks"])) for s, _ in rows]
+        lengths = [s["length"] for s, _ in rows]
+        padding = r.randint(0, 2)  # as CUDA graphs pad
+        self.claim(
+            self.copies, torch.tensor(slots + [-1] * padding, device=self.device), tensor(starts), tensor(lengths),
+            tensor(table), self.page_tokens,
+        )
+        for slot, copied in zip(slots, self.copies.slots.tolist(), strict=False):
+            self.token += 1
+            self.cache[slot] = self.token
+            if copied >= 0:
+                self.copy[copied] = self.token
+        for i, (s, new) in enumerate(rows):
+            self.check(s, s["length"], self.copies.table[i].tolist())
+            self.check(s, s["length"] - new, self.copies.context[i].tolist())
+            if new == 4 and s["length"] > 4:
+                s["length"] -= r.randint(0, 3)  # rejected tokens are written again
+        return rows
+
+    def check(self, sequence, length, table):
+        """Whatever copy a reader is sent to holds the very tokens of the page it stands for."""
+        last = -(-length // PAGE)
+        for page, copy in zip((last - 2, last - 1), table, strict=True):
+            if copy < 0:
+                continue
+            assert page >= 0
+            for position in range(page * PAGE, min(length, (page + 1) * PAGE)):
+                block = sequence["blocks"][position // self.page_tokens]
+                token = self.cache[block * self.page_tokens + position % self.page_tokens]
+                assert self.copy[copy * PAGE + position % PAGE] == token
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("copies, page_tokens", [(24, 64), (5, 64), (24, 128)])
+def test_a_copy_always_holds_its_pages_tokens(copies, page_tokens, seed):
+    server = Server(claim, copies, page_tokens, seed)
+    for _ in range(150):
+        server.step()
+    wanted, served = server.copies.wanted_served.tolist()
+    assert 0 < served <= wanted
+
+
+def decode(server_copies, lengths, steps):
+    """`lengths` sequences on pages of their own that grow by a token a step; the last step's table."""
+    n = len(lengths)
+    table = torch.arange(n * 40, dtype=torch.int32).view(n, 40)
+    starts = torch.arange(n + 1, dtype=torch.int32)
+    for step in range(steps):
+        now = torch.tensor(lengths) + step
+        slots = table[torch.arange(n), (now - 1) // PAGE].long() * PAGE + (now - 1) % PAGE
+        claim(server_copies, slots, starts, now.int(), table, PAGE)
+    return server_copies.table[:n]
+
+
+def test_sequences_within_capacity_keep_both_pages():
+    copies = RecentCopies.allocate(8, 8, 64, "cpu")
+    assert (decode(copies, [1, 1, 1, 1], 200) >= 0).all()
+
+
+def test_beyond_capacity_pages_are_read_from_codes_and_counted():
+    copies = RecentCopies.allocate(4, 8, 64, "cpu")
+    table = decode(copies, [1, 1, 1, 1], 200)
+    assert (table >= 0).sum() <= 4 < table.numel()
+    wanted, served = copies.wanted_served.tolist()
+    assert served < wanted
+
+
+def test_a_skipped_step_claims_nothing():
+    copies = RecentCopies.allocate(4, 8, 64, "cpu")
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    table = torch.zeros(1, 4, dtype=torch.int32)
+    claim(copies, torch.tensor([-1]), starts, torch.tensor([1], dtype=torch.int32), table, PAGE)
+    assert (copies.owner == -1).all()
+    assert (copies.slots == -1).all()

@@ -1,0 +1,133 @@
+"""Which recent pages of the running sequences have 8-bit copies, and where: bookkeeping of one step.
+
+Copies are pages of RECENT_PAGE_TOKENS tokens in a buffer of fixed size. A copy belongs to the span of slots
+that its tokens have in the paged cache (slot // RECENT_PAGE_TOKENS), and is kept only while every token
+written to the span was written to the copy too: a copy is begun with the first token of a span and dropped
+when its span is written without it. What has not been used longest makes room, so running sequences keep
+theirs while they are no more than half as many as there are copies. A span without a copy is read from its
+codes: that costs precision, never correctness. Everything happens on the device, without a host copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES
+
+NEVER = -1
+
+
+@dataclass(frozen=True)
+class RecentCopies:
+    """owner [copies], the span a copy belongs to or -1; used [copies], the step of its last use; step [1];
+    wanted_served [2], recent pages of sequences counted over all steps, and those among them with a copy.
+
+    What a step's launches read: slots int32 [tokens], where each new token's copy goes; table int32
+    [sequences, 2], the copies of the last two pages; context int32 [sequences, 2], the same as of before the
+    step's tokens, for sequences that prefill. All -1 where there is none.
+    """
+
+    owner: torch.Tensor
+    used: torch.Tensor
+    step: torch.Tensor
+    wanted_served: torch.Tensor
+    slots: torch.Tensor
+    table: torch.Tensor
+    context: torch.Tensor
+
+    @classmethod
+    def allocate(cls, copies: int, max_sequences: int, max_tokens: int, device) -> RecentCopies:
+        full = lambda *shape, dtype=torch.int32: torch.full(shape, NEVER, dtype=dtype, device=device)
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=device)
+        return cls(
+            full(copies, dtype=torch.int64), zeros(copies), zeros(1), zeros(2),
+            full(max_tokens), full(max_sequences, RECENT_PAGES), full(max_sequences, RECENT_PAGES),
+        )  # fmt: skip
+
+
+def _last_pages(lengths: torch.Tensor) -> torch.Tensor:
+    """Numbers of the last RECENT_PAGES pages of each sequence [sequences, 2]; negative where there is none."""
+    pages = (lengths + RECENT_PAGE_TOKENS - 1) // RECENT_PAGE_TOKENS
+    return pages[:, None] + torch.arange(-RECENT_PAGES, 0, device=lengths.device)
+
+
+def _find(owner: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
+    """The copy of each span [...], -1 where it has none."""
+    match = (span[..., None] == owner) & (span >= 0)[..., None]
+    return torch.where(match.any(-1), match.int().argmax(-1), NEVER)
+
+
+def claim(
+    copies: RecentCopies,
+    slot_mapping: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    page_tokens: int,
+    decode_tokens: int = 1,
+) -> None:
+    """Update the bookkeeping for a step that writes slot_mapping's tokens; fill slots, table and context.
+
+    slot_mapping int [tokens], -1 for none; query_start_loc int [sequences + 1] and seq_lens int [sequences]
+    (new tokens included) as in vLLM; block_table int [sequences, pages]; page_tokens of the paged cache, a
+    multiple of RECENT_PAGE_TOKENS. Sequences with more new tokens than decode_tokens prefill.
+    """
+    device = slot_mapping.device
+    sequences, tokens = seq_lens.shape[0], slot_mapping.shape[0]
+    starts = query_start_loc[:sequences].long()
+    lengths = seq_lens.long()
+    before = lengths - (query_start_loc[1 : sequences + 1].long() - starts)
+    slot_mapping = slot_mapping.long()
+
+    def spans(page: torch.Tensor) -> torch.Tensor:
+        position = page.clamp(min=0) * RECENT_PAGE_TOKENS
+        block = block_table.gather(1, (position // page_tokens).clamp(max=block_table.shape[1] - 1)).long()
+        return torch.where(page >= 0, (block * page_tokens + position % page_tokens) // RECENT_PAGE_TOKENS, NEVER)
+
+    page = _last_pages(lengths)
+    prefills = (lengths - before > decode_tokens)[:, None]
+    context_span = torch.where(prefills, spans(_last_pages(before)), NEVER)
+    begun = (page >= 0) & (page * RECENT_PAGE_TOKENS >= before[:, None])  # its first token is written now
+    first_row = (starts[:, None] + page * RECENT_PAGE_TOKENS - before[:, None]).clamp(0, max(tokens - 1, 0))
+    first_slot = slot_mapping[first_row]
+    span = torch.where(begun, torch.where(first_slot >= 0, first_slot // RECENT_PAGE_TOKENS, NEVER), spans(page))
+
+    copies.step.add_(1)
+    # Drop copies whose span is written without them.
+    held = _find(copies.owner, torch.where(begun, NEVER, span))
+    keeps = (torch.arange(copies.owner.shape[0], device=device)[:, None] == held.flatten()).any(1)
+    written = torch.where(slot_mapping >= 0, slot_mapping // RECENT_PAGE_TOKENS, -2)
+    touched = (copies.owner[:, None] == written).any(1)
+    copies.owner.masked_fill_(touched & ~keeps, NEVER)
+    # Those in use are safe from the claims that follow, and so are the contexts that this step reads.
+    context = _find(copies.owner, context_span)
+    in_use = torch.cat([held.flatten(), context.flatten()])
+    reads = (torch.arange(copies.owner.shape[0], device=device)[:, None] == in_use).any(1)
+    copies.used.copy_(torch.where(reads, copies.step, copies.used))
+    # The i-th claim takes the i-th longest unused copy.
+    claims = (begun & (span >= 0)).flatten()
+    oldest = copies.used.argsort(stable=True)
+    rank = (claims.cumsum(0) - 1).clamp(0, oldest.shape[0] - 1)
+    taken = oldest[rank]
+    granted = claims & (claims.cumsum(0) <= oldest.shape[0]) & (copies.used[taken] < copies.step)
+    nowhere = copies.owner.shape[0]  # a row past the end takes what is not granted
+    at = torch.where(granted, taken, nowhere)
+    copies.owner.copy_(torch.cat([copies.owner, copies.owner.new_empty(1)]).scatter(0, at, span.flatten())[:-1])
+    copies.used.copy_(torch.cat([copies.used, copies.used.new_empty(1)]).scatter(0, at, copies.step.expand_as(at))[:-1])
+
+    table = _find(copies.owner, span)
+    copies.table.fill_(NEVER)
+    copies.table[:sequences] = table.int()
+    copies.context.fill_(NEVER)
+    copies.context[:sequences] = _find(copies.owner, context_span).int()
+    copies.wanted_served.add_(torch.stack([(span >= 0).sum(), (table >= 0).sum()]))
+    # Only the last tokens of each sequence lie on its last pages.
+    row = torch.arange(tokens, device=device)
+    sequence = torch.searchsorted(query_start_loc[1 : sequences + 1].long(), row, right=True).clamp(max=max(sequences - 1, 0))
+    position = before[sequence] + row - starts[sequence]
+    which = position // RECENT_PAGE_TOKENS - page[sequence, 0]
+    copy = torch.where(which >= 0, table[sequence].gather(1, which.clamp(0, RECENT_PAGES - 1)[:, None])[:, 0], NEVER)
+    slot = torch.where((copy >= 0) & (slot_mapping >= 0), copy * RECENT_PAGE_TOKENS + position % RECENT_PAGE_TOKENS, NEVER)
+    copies.slots.fill_(NEVER)
+    copies.slots[:tokens] = slot.int()
