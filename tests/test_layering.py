@@ -57,7 +57,7 @@ def violations(root: Path) -> list[str]:
 
 
 def copy_sources(to: Path) -> Path:
-    for name in ("tqai_plugins", "triton_kernels", "metal_kernels", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("tqai_plugins", "triton_kernels", "metal_kernels", "examples", "pyproject.toml", "README.md", "LICENSE"):
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, to / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -90,7 +90,7 @@ def test_a_planted_violation_is_found(tmp_path, file, line):
 
 def test_every_package_folder_is_installed():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    present = {"tqai_plugins"}
+    present = {"tqai_plugins", "tqai.results"}
     for name, folder in package_folders(ROOT).items():
         for init in folder.rglob("__init__.py"):
             present.add(".".join([import_name(name), *init.parent.relative_to(folder).parts]))
@@ -113,6 +113,7 @@ def test_the_wheel_has_no_top_level_kernels(wheel):
     assert {path.name for path in wheel.iterdir() if path.suffix != ".dist-info"} == {"tqai", "tqai_plugins"}
     assert not (wheel / "tqai_plugins" / "tqai").exists()
     assert (wheel / "tqai_plugins/core/codebook_tables.json").is_file()
+    assert (wheel / "tqai/results/quality_smollm2.json").is_file(), "tqai plan reads what was measured"
 
 
 def test_wheel_and_checkout_have_the_same_modules(wheel):
