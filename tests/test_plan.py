@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -88,15 +89,15 @@ def test_what_vllm_logs_is_still_that(shape_of, tmp_path, config, name, logged):
     ]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "2"}
     with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 300
         while not (found := re.search(r"KV cache size: ([\d,]+) tokens", log.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(1)
     finally:
-        process.terminate()
-        process.wait(60)
+        os.killpg(process.pid, signal.SIGKILL)  # one that is still starting does not listen to milder words
+        process.wait()
     assert planned_tokens == pytest.approx(int(found[1].replace(",", "")), rel=0.02)
 
 

@@ -8,13 +8,22 @@ Lloyd-Max levels for it are the paper's codebooks (section 3.1, equation 4).
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.resources
+import itertools
 import json
+import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
-from .kv_format import SERVED_WIDTHS, check_head_dim, check_width
+from .kv_format import FORMAT_VERSION, SERVED_WIDTHS, check_head_dim, check_width
 
 TOP = 127.5  # the largest magnitude an int8 can stand for: see Codebook
+SHIPPED = "lloyd_max"
+# Codebook files for this process and its children, separated as in PATH: see use().
+ENVIRONMENT = "TQAI_CODEBOOK"
+FILE_KEYS = ("tqai_codebook", "name", "head_dim", "bits", "magnitudes", "unit", "made")
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class Codebook:
     bits: int
     magnitudes: tuple[float, ...]
     unit: float
+    name: str = SHIPPED
 
     @property
     def boundaries(self) -> tuple[float, ...]:
@@ -45,8 +55,44 @@ class Codebook:
 
     @classmethod
     def lloyd_max(cls, head_dim: int, bits: int) -> Codebook:
-        """The shipped codebook, or one solved in milliseconds for an uncommon head_dim."""
-        return _lloyd_max(head_dim, bits)
+        """The shipped codebook, or one solved in milliseconds for an uncommon head_dim; see also use()."""
+        return _in_use.get((head_dim, bits)) or _lloyd_max(head_dim, bits)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Codebook:
+        """A codebook file as write() makes it; ValueError for anything else."""
+        try:
+            given = json.loads(Path(path).read_text())
+            if not isinstance(given, dict) or sorted(given) != sorted(FILE_KEYS):
+                raise ValueError("it has other keys")
+            if given["tqai_codebook"] != FORMAT_VERSION:
+                raise ValueError(f"it is of version {given['tqai_codebook']!r}, this is {FORMAT_VERSION}")
+            book = cls(given["head_dim"], given["bits"], tuple(given["magnitudes"]), given["unit"], given["name"])
+            check_width("bits", book.bits)
+            check_head_dim(book.head_dim)
+            levels = [0, *book.magnitudes]
+            if not all(type(x) in (int, float) and math.isfinite(x) for x in (*levels, book.unit)) or book.unit <= 0:
+                raise ValueError("it holds no numbers")
+            if len(levels) != 1 + (1 << book.bits - 1) or not all(a < b <= TOP for a, b in itertools.pairwise(levels)):
+                raise ValueError(f"its magnitudes do not rise from 0 to {TOP}")
+            if book.bits in SERVED_WIDTHS and any(m % 1 != 0.5 for m in book.magnitudes):
+                raise ValueError("its magnitudes are not whole numbers plus one half")
+            if not isinstance(book.name, str) or not book.name.endswith(book.digest):
+                raise ValueError("its numbers are not those that its name stands for")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} is no codebook file of tqai: {error}") from error
+        return book
+
+    @property
+    def digest(self) -> str:
+        """Eight hexadecimal digits that stand for the numbers: codes are read by the codebook that wrote them alone."""
+        numbers = json.dumps([self.head_dim, self.bits, [float(m) for m in self.magnitudes], float(self.unit)])
+        return hashlib.sha256(numbers.encode()).hexdigest()[:8]
+
+    def write(self, path: str | Path, made: dict) -> None:
+        """Store it as JSON; `made` says how it was made."""
+        held = (FORMAT_VERSION, self.name, self.head_dim, self.bits, list(self.magnitudes), self.unit, made)
+        Path(path).write_text(json.dumps(dict(zip(FILE_KEYS, held)), indent=1) + "\n")
 
 
 # Searching around the Lloyd-Max scale lowers the error at no cost for the reader: 15 % at 4 bits,
@@ -59,8 +105,42 @@ def _tables() -> dict:
     return json.loads((importlib.resources.files(__package__) / "codebook_tables.json").read_text())
 
 
+_in_use: dict[tuple[int, int], Codebook] = {}
+
+
+def use(book: Codebook) -> None:
+    """Let this process use a codebook wherever it would use the shipped one of its head_dim and bits.
+
+    ValueError if codes may already have been written with another: a process has one codebook for each
+    head_dim and bits, so that no code is read with other levels than it was written with.
+    """
+    now = Codebook.lloyd_max(book.head_dim, book.bits) if (book.head_dim, book.bits) in _in_use else book
+    if now != book:
+        raise ValueError(
+            f"codebook {book.name!r} comes too late: this process already uses {now.name!r} for head_dim {book.head_dim} "
+            f"at {book.bits} bits; start a new process, with {ENVIRONMENT}=FILE if it is a server"
+        )
+    _in_use[book.head_dim, book.bits] = book
+
+
 @functools.lru_cache(None)
+def _from_environment() -> None:
+    for path in filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep)):
+        use(Codebook.read(path))
+
+
 def _lloyd_max(head_dim: int, bits: int) -> Codebook:
+    check_width("bits", bits)
+    check_head_dim(head_dim)
+    _from_environment()
+    if (head_dim, bits) not in _in_use:
+        _in_use[head_dim, bits] = shipped(head_dim, bits)
+    return _in_use[head_dim, bits]
+
+
+@functools.lru_cache(None)
+def shipped(head_dim: int, bits: int) -> Codebook:
+    """The Lloyd-Max codebook, whatever use() chose."""
     check_width("bits", bits)
     check_head_dim(head_dim)
     entry = _tables().get(f"{head_dim}/{bits}")
