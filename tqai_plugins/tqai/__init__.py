@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+
 from tqai_plugins.core.kv_format import KVFormat
 
 __all__ = ["Cache", "KVFormat", "__version__", "patch", "unpatch"]
@@ -21,6 +23,7 @@ def patch(model, **options):
 
     Options: bits_k=4, bits_v=2, sink_tokens, residual_window=128, cache_strategy="auto", backend,
     device, use_qjl=False, qjl_sketch_size=64; transformers_plugin.CacheOptions explains them.
+    codebook: a file of `tqai codebook build`, or a list of them, to be used instead of the shipped codebook.
     Raises ValueError for an option that is unknown or out of range and for a model that cannot be
     compressed, ImportError where the runtime's package is missing.
     """
@@ -38,13 +41,31 @@ def patch(model, **options):
         )
     if not hasattr(model, "config"):
         raise ValueError(f"model is a {type(model).__name__}; expected a transformers or an MLX language model")
-    return _transformers_plugin().Cache(model.config, **options)
+    files = options.pop("codebook", ())
+    cache = _transformers_plugin().Cache(model.config, **options)
+    _use_codebooks(files, model.config, cache.options)
+    return cache
 
 
 def unpatch(model) -> None:
     """Undo patch. A transformers model was never changed, so that there is nothing to undo but to drop the cache."""
     if _is_mlx(model):
         _mlx_plugin().uninstall(model)
+
+
+def _use_codebooks(files, config, options) -> None:
+    from tqai_plugins.core.codebook import Codebook, use
+
+    text = config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    for file in [files] if isinstance(files, (str, os.PathLike)) else files:
+        book = Codebook.read(file)
+        if book.head_dim != head_dim or book.bits not in (options.bits_k, options.bits_v):
+            raise ValueError(
+                f"codebook {book.name!r} is for head_dim {book.head_dim} at {book.bits} bits, but this cache has head_dim "
+                f"{head_dim} with {options.bits_k} bits for keys and {options.bits_v} for values: it would not be used"
+            )
+        use(book)
 
 
 def _is_mlx(model) -> bool:
