@@ -1,5 +1,6 @@
 """Bookkeeping of the 8-bit copies against a plain model of what a copy must hold."""
 
+import dataclasses
 import random
 
 import pytest
@@ -7,7 +8,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS as PAGE  # noqa: E402
+from tqai_plugins.torch_kernels import recent  # noqa: E402
 from tqai_plugins.torch_kernels.recent import RecentCopies, claim  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Server:
@@ -22,26 +26,25 @@ class Server:
         self.free = list(range(1, self.pages))
         self.random.shuffle(self.free)
         self.running = []  # [blocks, length, owned]
-        self.copies = RecentCopies.allocate(copies, 8, 512, device)
+        self.copies = RecentCopies.allocate(copies, 8, 2048, device)
         self.token = 0
 
     def step(self):
         r = self.random
         if len(self.running) < 6 and r.random() < 0.4:
-            self.running.append({"blocks": [], "length": 0, "shared": 0, "prompt": r.choice([1, 30, 64, 65, 130, 300])})
-            if len(self.running) > 1 and r.random() < 0.5:  # a prefix of whole pages of another sequence
-                other = r.choice(self.running[:-1])
-                whole = other["length"] // self.page_tokens
-                if whole:
-                    shared = r.randint(1, whole)
-                    self.running[-1] |= {"blocks": other["blocks"][:shared], "shared": shared}
-                    self.running[-1]["length"] = shared * self.page_tokens
+            self.running.append({"blocks": [], "length": 0, "prompt": r.choice([1, 30, 64, 65, 130, 300])})
         if self.running and r.random() < 0.06:  # finished or preempted: its own pages are free again
             gone = self.running.pop(r.randrange(len(self.running)))
             users = [b for s in self.running for b in s["blocks"]]
             self.free += [b for b in set(gone["blocks"]) if b not in users]
         rows, slots, starts = [], [], [0]
         for s in self.running:
+            sure = lambda o: (o["length"] - 4) // self.page_tokens  # pages that no rejected token can change
+            whole = [o for o in self.running if o is not s and sure(o) > 0]
+            if not s["blocks"] and whole and r.random() < 0.5:  # whole pages of another, perhaps of this very step
+                other = r.choice(whole)
+                s["blocks"] = other["blocks"][: r.randint(1, sure(other))]
+                s["length"] = len(s["blocks"]) * self.page_tokens
             new = r.choice([s["prompt"], 7, 1]) if s["prompt"] else 1
             if r.random() < 0.1:
                 new = 4  # a speculated block, later cut
@@ -101,6 +104,28 @@ def test_a_copy_always_holds_its_pages_tokens(copies, page_tokens, seed):
         server.step()
     wanted, served = server.copies.wanted_served.tolist()
     assert 0 < served <= wanted
+
+
+@pytest.mark.parametrize("seed, copies, page_tokens", [(0, 24, 64), (1, 5, 64), (2, 40, 128)])
+def test_the_kernel_keeps_the_same_books(seed, copies, page_tokens):
+    """The Triton kernel beside the reference, step by step (by the interpreter where there is no GPU)."""
+    pytest.importorskip("triton")
+    from tqai_plugins.triton_kernels.recent import claim as claim_by_kernel
+
+    def both(copies, slot_mapping, query_start_loc, seq_lens, *rest):
+        expected = dataclasses.replace(copies, **{f.name: getattr(copies, f.name).clone() for f in dataclasses.fields(copies)})
+        recent.claim(expected, slot_mapping, query_start_loc, seq_lens, *rest)
+        copies.slots.fill_(7), copies.table.fill_(7), copies.context.fill_(7)
+        claim_by_kernel(copies, slot_mapping, query_start_loc, seq_lens, *rest)
+        for field in dataclasses.fields(copies):
+            got, wanted = getattr(copies, field.name), getattr(expected, field.name)
+            used = {"slots": slot_mapping.shape[0], "table": len(seq_lens), "context": len(seq_lens)}.get(field.name, len(got))
+            assert torch.equal(got[:used], wanted[:used]), field.name
+        copies.table[len(seq_lens) :], copies.context[len(seq_lens) :] = -1, -1
+
+    server = Server(both, copies, page_tokens, seed, DEVICE)
+    for _ in range(40 if DEVICE == "cpu" else 300):
+        server.step()
 
 
 def decode(server_copies, lengths, steps):

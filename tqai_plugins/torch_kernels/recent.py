@@ -38,10 +38,10 @@ class RecentCopies:
 
     @classmethod
     def allocate(cls, copies: int, max_sequences: int, max_tokens: int, device) -> RecentCopies:
-        full = lambda *shape, dtype=torch.int32: torch.full(shape, NEVER, dtype=dtype, device=device)
-        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.int64, device=device)
+        full = lambda *shape: torch.full(shape, NEVER, dtype=torch.int32, device=device)
+        zeros = lambda n, dtype: torch.zeros(n, dtype=dtype, device=device)
         return cls(
-            full(copies, dtype=torch.int64), zeros(copies), zeros(1), zeros(2),
+            full(copies), zeros(copies, torch.int32), zeros(1, torch.int32), zeros(2, torch.int64),
             full(max_tokens), full(max_sequences, RECENT_PAGES), full(max_sequences, RECENT_PAGES),
         )  # fmt: skip
 
@@ -93,40 +93,39 @@ def claim(
     first_slot = slot_mapping[first_row]
     span = torch.where(begun, torch.where(first_slot >= 0, first_slot // RECENT_PAGE_TOKENS, NEVER), spans(page))
 
+    # Each token's place among the last pages of its sequence; negative before them.
+    row = torch.arange(tokens, device=device)
+    sequence = torch.searchsorted(query_start_loc[1 : sequences + 1].long(), row, right=True).clamp(max=max(sequences - 1, 0))
+    position = before[sequence] + row - starts[sequence]
+    which = position // RECENT_PAGE_TOKENS - page[sequence, 0]
+
     copies.step.add_(1)
-    # Drop copies whose span is written without them.
+    # A span that begins another life, or is written without its copy, has none any more.
+    dropped = (slot_mapping >= 0) & ((slot_mapping % RECENT_PAGE_TOKENS == 0) | (which < 0))
+    dropped = torch.where(dropped, slot_mapping // RECENT_PAGE_TOKENS, -2)
+    copies.owner.masked_fill_((copies.owner[:, None] == dropped).any(1), NEVER)
     held = _find(copies.owner, torch.where(begun, NEVER, span))
-    keeps = (torch.arange(copies.owner.shape[0], device=device)[:, None] == held.flatten()).any(1)
-    written = torch.where(slot_mapping >= 0, slot_mapping // RECENT_PAGE_TOKENS, -2)
-    touched = (copies.owner[:, None] == written).any(1)
-    copies.owner.masked_fill_(touched & ~keeps, NEVER)
-    # Those in use are safe from the claims that follow, and so are the contexts that this step reads.
     context = _find(copies.owner, context_span)
+    # Those that this step reads are safe from the claims that follow.
     in_use = torch.cat([held.flatten(), context.flatten()])
     reads = (torch.arange(copies.owner.shape[0], device=device)[:, None] == in_use).any(1)
     copies.used.copy_(torch.where(reads, copies.step, copies.used))
     # The i-th claim takes the i-th longest unused copy.
     claims = (begun & (span >= 0)).flatten()
     oldest = copies.used.argsort(stable=True)
-    rank = (claims.cumsum(0) - 1).clamp(0, oldest.shape[0] - 1)
-    taken = oldest[rank]
-    granted = claims & (claims.cumsum(0) <= oldest.shape[0]) & (copies.used[taken] < copies.step)
-    nowhere = copies.owner.shape[0]  # a row past the end takes what is not granted
-    at = torch.where(granted, taken, nowhere)
-    copies.owner.copy_(torch.cat([copies.owner, copies.owner.new_empty(1)]).scatter(0, at, span.flatten())[:-1])
-    copies.used.copy_(torch.cat([copies.used, copies.used.new_empty(1)]).scatter(0, at, copies.step.expand_as(at))[:-1])
+    rank = claims.cumsum(0) - 1
+    taken = oldest[rank.clamp(0, oldest.shape[0] - 1)]
+    granted = claims & (rank < oldest.shape[0]) & (copies.used[taken] < copies.step)
+    at = torch.where(granted, taken, copies.owner.shape[0])  # a row past the end takes what is not granted
+    for rows, values in ((copies.owner, span.flatten()), (copies.used, copies.step.expand_as(at))):
+        rows.copy_(torch.cat([rows, rows.new_empty(1)]).scatter(0, at, values.to(rows.dtype))[:-1])
 
-    table = _find(copies.owner, span)
+    table = torch.where(begun, torch.where(granted, taken, NEVER).view_as(begun), held)
     copies.table.fill_(NEVER)
     copies.table[:sequences] = table.int()
     copies.context.fill_(NEVER)
-    copies.context[:sequences] = _find(copies.owner, context_span).int()
+    copies.context[:sequences] = context.int()
     copies.wanted_served.add_(torch.stack([(span >= 0).sum(), (table >= 0).sum()]))
-    # Only the last tokens of each sequence lie on its last pages.
-    row = torch.arange(tokens, device=device)
-    sequence = torch.searchsorted(query_start_loc[1 : sequences + 1].long(), row, right=True).clamp(max=max(sequences - 1, 0))
-    position = before[sequence] + row - starts[sequence]
-    which = position // RECENT_PAGE_TOKENS - page[sequence, 0]
     copy = torch.where(which >= 0, table[sequence].gather(1, which.clamp(0, RECENT_PAGES - 1)[:, None])[:, 0], NEVER)
     slot = torch.where((copy >= 0) & (slot_mapping >= 0), copy * RECENT_PAGE_TOKENS + position % RECENT_PAGE_TOKENS, NEVER)
     copies.slots.fill_(NEVER)
