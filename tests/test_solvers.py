@@ -92,7 +92,7 @@ def test_build_writes_what_read_reads(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"magnitudes": [99.5, 127.5]}, "not those that its name stands for"),
+        ({"magnitudes": [99.5, 127.5]}, "not those that were written"),
         ({"magnitudes": [127.5, 99.5]}, "do not rise"), ({"magnitudes": [1.25, 9.5]}, "whole numbers plus one half"),
         ({"magnitudes": [1.5, float("nan")]}, "no numbers"), ({"magnitudes": ["1.5", 9.5]}, "no numbers"),
         ({"magnitudes": [0.5] * 3}, "do not rise"), ({"magnitudes": None}, "no codebook file"),

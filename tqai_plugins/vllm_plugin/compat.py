@@ -6,6 +6,7 @@ import os
 import sys
 from typing import get_args
 
+from tqai_plugins.core import converted_folder
 from tqai_plugins.core.kv_format import SERVED_NAMES, KVFormat, is_tqai, parse_name
 
 OLDEST, NEWEST = (0, 26), (0, 33)
@@ -104,6 +105,29 @@ def _patch_spec() -> None:
     Attention.get_kv_cache_spec = get_kv_cache_spec
 
 
+def register_folders() -> None:
+    """0.26 on: a folder of `tqai convert` says its own dtype, which --kv-cache-dtype auto takes."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.tqai")
+    arguments = sys.modules.get("vllm.engine.arg_utils")  # absent in workers, which get the resolved name
+    stock = getattr(arguments, "resolve_kv_cache_dtype_string", None)
+    if stock is None or hasattr(stock, "without_tqai"):
+        return
+
+    def resolve_kv_cache_dtype_string(kv_cache_dtype, model_config):
+        entry = getattr(getattr(model_config, "hf_config", None), converted_folder.ENTRY, None)
+        if kv_cache_dtype != "auto" or entry is None:
+            return stock(kv_cache_dtype, model_config)
+        converted_folder.verify(model_config.model)
+        name = converted_folder.format_of(entry, of=model_config.model)
+        logger.info("tqai: %s was converted for %s; --kv-cache-dtype bfloat16 would not compress", model_config.model, name)
+        return name
+
+    resolve_kv_cache_dtype_string.without_tqai = stock
+    arguments.resolve_kv_cache_dtype_string = resolve_kv_cache_dtype_string
+
+
 # The dtype of this process' tqai layers, for hooks that vLLM calls without a config at hand.
 _active: str | None = None
 
@@ -146,3 +170,9 @@ def query_token_limit(vllm_config) -> int:
     """Query tokens of one request in a decode step: 1, or more where speculative tokens are verified."""
     speculative = vllm_config.speculative_config
     return 1 + (getattr(speculative, "num_speculative_tokens", 0) or 0 if speculative else 0)
+
+
+def lengths_are_bounds(vllm_config) -> bool:
+    """Whether lengths on the host may be too large: asynchronous scheduling supposes that all speculated tokens hold."""
+    scheduler = vllm_config.scheduler_config
+    return vllm_config.speculative_config is not None and bool(getattr(scheduler, "async_scheduling", False))

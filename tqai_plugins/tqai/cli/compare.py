@@ -30,14 +30,14 @@ def compare(args, prompt: str) -> dict:
     import torch
     from rich.console import Console
     from rich.progress import Progress
-    from tqai import Cache, fidelity
+    from tqai import fidelity, patch
     from transformers import DynamicCache
 
     model, tokenizer = load(args)
     ids = prompt_tokens(model, tokenizer, prompt)
     new_caches = {
         "baseline": lambda: DynamicCache(config=model.config),
-        "tqai": lambda: Cache(model.config, **options),
+        "tqai": lambda: patch(model, **options),
     }
     answers = {}
     console = Console(stderr=True)

@@ -20,14 +20,14 @@ def add_parser(subparsers):
 def run(args) -> int:
     options = cache_options(args)
     from rich.console import Console
-    from tqai import Cache, fidelity
+    from tqai import fidelity, patch
     from transformers import DynamicCache, TextStreamer
 
     from . import emit
 
     model, tokenizer = load(args)
     ids = prompt_tokens(model, tokenizer, args.prompt)
-    cache = DynamicCache(config=model.config) if args.no_tqai else Cache(model.config, **options)
+    cache = DynamicCache(config=model.config) if args.no_tqai else patch(model, **options)
     streamer = None if args.json == "-" else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     done = generate(model, tokenizer, ids, cache, args.max_tokens, streamer.put if streamer else lambda tokens: None)
     if streamer:
