@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,17 +135,22 @@ def test_an_entry_that_this_version_does_not_know(folder, change, sentence):
         converted_folder.format_of([])
 
 
-def test_a_folder_brings_its_codebook(original, tmp_path):
-    """Converted with another codebook; a process that knows nothing of it decodes with it."""
+def convert_with_a_crowded_codebook(model: Path, head_dim: int, folder: Path) -> None:
+    """In a process of its own, since it keeps its codebook."""
     from tqai_plugins.core.codebook import Codebook, shipped
 
     numbers = tuple(m + 0.5 for m in (3, 9, 20, 30, 50, 70, 90, 120))
-    bare = Codebook(32, 4, numbers, shipped(32, 4).unit, "crowded")
-    bare.write(tmp_path / "book.json", {})
+    book = folder.with_suffix(".json")
+    Codebook(head_dim, 4, numbers, shipped(head_dim, 4).unit, "crowded").write(book, {})
     code = "import sys; from tqai.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "convert", "--model", original, "--output", tmp_path / "c", "--format", "tqai_k4v4"]
-    environment = os.environ | {"TQAI_CODEBOOK": str(tmp_path / "book.json")}
-    subprocess.run([*map(str, command), "--no-timing"], check=True, env=environment, capture_output=True)
+    command = [sys.executable, "-c", code, "convert", "--model", model, "--output", folder, "--format", "tqai_k4v4"]
+    environment = os.environ | {"TQAI_CODEBOOK": str(book)}
+    subprocess.run([*map(str, command), "--no-timing", "--json"], check=True, env=environment, capture_output=True)
+
+
+def test_a_folder_brings_its_codebook(original, tmp_path):
+    """A process that knows nothing of it decodes with it."""
+    convert_with_a_crowded_codebook(original, 32, tmp_path / "c")
     look = (
         "import sys, tqai; from tqai import models; from tqai_plugins.core.codebook import Codebook\n"
         "tqai.patch(models.load(sys.argv[1])[0]); print(Codebook.lloyd_max(32, 4).name)"
@@ -169,7 +175,7 @@ def test_vllm_takes_its_format_from_the_folder(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(source)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "plain")
     tokenizer.save_pretrained(tmp_path / "plain")
-    conversion.convert(str(tmp_path / "plain"), tmp_path / "converted", "tqai_k4v4")
+    convert_with_a_crowded_codebook(tmp_path / "plain", 64, tmp_path / "converted")
     log = tmp_path / "log"
     command = [
         Path(sys.executable).with_name("vllm"), "serve", tmp_path / "converted", "--enforce-eager",
@@ -190,3 +196,4 @@ def test_vllm_takes_its_format_from_the_folder(tmp_path):
         process.wait()
     assert "was converted for tqai_k4v4" in log.read_text()
     assert "tqai: KV cache tqai_k4v4" in log.read_text()
+    assert re.search(r"Worker.* tqai: codebooks of the converted folder: crowded", log.read_text())

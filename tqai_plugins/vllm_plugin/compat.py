@@ -136,6 +136,19 @@ def set_active(name: str) -> None:
     global _active
     parse_name(name)
     _active = name
+    _use_folder_codebooks()
+
+
+def _use_folder_codebooks() -> None:
+    """In each process: the codebooks that a folder of `tqai convert` was made with."""
+    from vllm.config import get_current_vllm_config
+    from vllm.logger import init_logger
+
+    entry = getattr(get_current_vllm_config().model_config.hf_config, converted_folder.ENTRY, None)
+    if entry is not None:
+        converted_folder.format_of(entry)
+        names = ", ".join(book["name"] for book in entry["codebooks"])
+        init_logger("vllm.tqai").info_once("tqai: codebooks of the converted folder: %s", names)
 
 
 def active_format(head_dim: int) -> KVFormat:
