@@ -1,0 +1,82 @@
+"""Attention over codes and the exact tokens that lie over them."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from ..metal_kernels import codec
+from .tokens import Operand, Tokens
+
+
+def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask, sinks=None) -> mx.array:
+    """What mx.fast.scaled_dot_product_attention gives for dense keys and values: [batch, q_heads, new, head_dim].
+
+    A query at column c reads columns c - window + 1 to c, and the first tokens of its row, exactly, and all others
+    as codes: so the result does not depend on how a prompt was cut into chunks or batches.
+    """
+    if not isinstance(values, Operand) or values.tokens is not keys.tokens:
+        raise ValueError("keys and values of different updates; this model cannot be served with a tqai cache")
+    return dense_attention(queries, keys.tokens, scale, mask, sinks)
+
+
+def dense_attention(queries: mx.array, tokens: Tokens, scale: float, mask, sinks=None) -> mx.array:
+    """Dequantize this layer for the moment and attend with MLX's own kernel, in the basis of the codes."""
+    dtype, heads = queries.dtype, tokens.slots.shape[1]
+    parts = [(x.astype(dtype) for x in codec.load(tokens.slots[:, :, : tokens.length], tokens.fmt))]
+    exact = [x for x in (tokens.sinks, _recent_in_order(tokens)) if x is not None]
+    if exact:
+        turned = codec.rotate(mx.concatenate(exact, 2)).astype(dtype)
+        parts.append((turned[:, :heads], turned[:, heads:]))
+    k, v = (mx.concatenate(both, 2) if len(both) > 1 else both[0] for both in zip(*parts))
+    out = mx.fast.scaled_dot_product_attention(
+        codec.rotate(queries).astype(dtype), k, v, scale=scale, mask=_split_mask(tokens, queries.shape[2], mask), sinks=sinks
+    )
+    return codec.rotate_back(out).astype(dtype)
+
+
+def _recent_in_order(tokens: Tokens) -> mx.array | None:
+    return mx.roll(tokens.recent, -tokens.ring, 2) if tokens.ring else tokens.recent
+
+
+def _split_mask(tokens: Tokens, count: int, mask) -> mx.array:
+    """The mask over [codes of all columns | first tokens | newest tokens], each token allowed in one of them."""
+    length = tokens.length
+    column, query = mx.arange(length), mx.arange(length - count, length)[:, None]
+    padding, recent_from = (rows[:, None, None, None] for rows in tokens.rows)  # each [batch, 1, 1, 1]
+    bias = None
+    if isinstance(mask, mx.array):
+        mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)[..., -length:]
+        allowed = mask if mask.dtype == mx.bool_ else mask > -mx.inf
+        bias = None if mask.dtype == mx.bool_ else mask
+    else:
+        allowed = column <= query if mask == "causal" else mx.ones((count, length), mx.bool_)
+    allowed = allowed & (column >= padding)
+    first = column < padding + tokens.sink_count
+    oldest = mx.maximum(recent_from, length - tokens.recent_count)
+    newest = (column > query - tokens.window) & (column >= oldest) & ~first
+    parts = [allowed & ~first & ~newest]
+    where = [column]
+    if tokens.sink_count:
+        place = padding + mx.arange(tokens.sink_count)  # [batch, 1, 1, sinks]
+        where.append(mx.clip(place, 0, length - 1))
+        parts.append(_take(allowed, where[1]) & (place < length))
+    if tokens.recent_count:
+        where.append(column[length - tokens.recent_count :])
+        parts.append((allowed & newest)[..., length - tokens.recent_count :])
+    shape = mx.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    whole = mx.concatenate([mx.broadcast_to(part, (*shape, part.shape[-1])) for part in parts], -1)
+    if bias is None:
+        return whole
+    biases = [_take(bias, place) for place in where]
+    shape = mx.broadcast_shapes(shape, *(b.shape[:-1] for b in biases))
+    whole_bias = mx.concatenate([mx.broadcast_to(b, (*shape, b.shape[-1])) for b in biases], -1)
+    return mx.where(whole, whole_bias, mx.array(-mx.inf, bias.dtype))
+
+
+def _take(x: mx.array, place: mx.array) -> mx.array:
+    """x [..., columns] at these columns: place [count], or [batch, 1, 1, count]."""
+    if place.ndim == 1:
+        return x[..., place]
+    shape = mx.broadcast_shapes(x.shape[:-1], place.shape[:-1])
+    x = mx.broadcast_to(x, (*shape, x.shape[-1]))
+    return mx.take_along_axis(x, mx.broadcast_to(place, (*shape, place.shape[-1])), -1)

@@ -1,0 +1,327 @@
+"""The caches that mlx-lm's generators and server hold: one sequence, or a batch of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import _BaseCache, create_attention_mask
+
+from ..core.kv_format import FORMAT_VERSION
+from ..metal_kernels import codec
+from ..metal_kernels.store import store
+from . import masks
+from .options import CacheOptions
+from .tokens import Operand, Tokens
+
+STEP = 256  # columns are allocated so many at a time, as in mlx-lm's own caches
+
+
+class _Compressed(_BaseCache):
+    """Rows of tokens. All end at column `length`; row b begins at column padding[b].
+
+    Codes are kept for every token; exact tokens lie over them, so that trimming and batching only move columns.
+    """
+
+    def __init__(self, options: CacheOptions | None = None, padding: Sequence[int] = (0,)):
+        self.options = options or CacheOptions()
+        self.length = 0
+        self.columns: list[mx.array] | None = None  # slots and, if kept, dense numbers: [batch, heads, capacity, ...]
+        self.recent: mx.array | None = None  # see Tokens
+        self.ring = 0
+        self.sinks: mx.array | None = None
+        self._set_rows(list(padding), [0] * len(padding))
+        self._clear()
+
+    def _clear(self) -> None:
+        self._right_padding: list[int] | None = None
+        self._last: tuple | None = None  # what update_and_fetch returned, if a layer without keys shares it
+        self.shared = False
+
+    def _set_rows(self, padding: list[int], recent_from: list[int]) -> None:
+        self.padding, self.recent_from = padding, recent_from
+        self._rows = mx.array([padding, recent_from], mx.int32)
+
+    # ---- the model's side
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array):
+        """Store new tokens [batch, kv_heads, new, head_dim]; returns all, for attention to read."""
+        self._last = None
+        if keys.shape != values.shape:
+            raise ValueError(f"keys of shape {keys.shape} and values of {values.shape}; tqai needs equal head dimensions")
+        fmt, dtype = self.options.format(keys.shape[3]), keys.dtype
+        codec.check_served(fmt)
+        if self.columns is None and len(self.padding) != keys.shape[0]:
+            self._set_rows([0] * keys.shape[0], [0] * keys.shape[0])
+        before, new = self.length, keys.shape[2]
+        slots = store(keys, values, fmt)
+        added = [slots]
+        if self.options.keep_dense:
+            added.append(mx.concatenate([codec.rotate_back(x) for x in codec.load(slots, fmt)], 1).astype(dtype))
+        self._append(added)
+        if self.options.keep_dense:
+            dense = self.columns[1][:, :, : self.length]
+            return dense[:, : keys.shape[1]], dense[:, keys.shape[1] :]
+        exact = mx.concatenate([keys, values], 1)
+        self._keep_sinks(exact, before)
+        recent, ring = self._keep_recent(exact)
+        fetched = Operand(
+            Tokens(
+                fmt, dtype, self.columns[0], self.length, new, self.options.window, recent, ring, self.sinks,
+                self._rows,
+            )
+        )  # fmt: skip
+        if self.shared:
+            self._last = fetched, fetched
+        return fetched, fetched
+
+    def keys_and_values(self):
+        """What the last update_and_fetch returned, for a layer that has no keys of its own."""
+        if self.options.keep_dense:
+            dense = self.columns[1][:, :, : self.length]
+            return dense[:, : dense.shape[1] // 2], dense[:, dense.shape[1] // 2 :]
+        if self._last is None:
+            raise ValueError("this layer's keys are shared by another, which was not seen when the model was patched")
+        return self._last
+
+    def _append(self, added: list[mx.array]) -> None:
+        end = self.length + added[0].shape[2]
+        if self.columns is None or end > self.columns[0].shape[2]:
+            room = -(-added[0].shape[2] // STEP) * STEP
+            grown = []
+            for i, x in enumerate(added):
+                zeros = mx.zeros((*x.shape[:2], room, x.shape[3]), x.dtype)
+                grown.append(
+                    zeros if self.columns is None else mx.concatenate([self.columns[i][:, :, : self.length], zeros], 2)
+                )
+            self.columns = grown
+        for column, x in zip(self.columns, added):
+            column[:, :, self.length : end] = x
+        self.length = end
+
+    def _keep_sinks(self, exact: mx.array, before: int) -> None:
+        """Copy those of the new columns that are first tokens of their rows. Right padding is overwritten later."""
+        count = self.options.sinks
+        if not count or before >= max(self.padding) + count:
+            return
+        batch, heads, new, head_dim = exact.shape
+        if self.sinks is None:
+            self.sinks = mx.zeros((batch, heads, count, head_dim), exact.dtype)
+        place = self._rows[0][:, None] + mx.arange(count) - before  # [batch, count]
+        taken = mx.take_along_axis(exact, mx.clip(place, 0, new - 1)[:, None, :, None], 2)
+        inside = (place >= 0) & (place < new)
+        self.sinks = mx.where(inside[:, None, :, None], taken, self.sinks)
+
+    def _keep_recent(self, exact: mx.array) -> tuple[mx.array | None, int]:
+        """Keep the newest tokens; returns what the new ones may read, which is more, and the place of its oldest."""
+        if not self.options.window:
+            return None, 0
+        # Right padding will be rolled away, and what is then newest must still be here.
+        keep = self.options.window + max(self._right_padding or [0])
+        if exact.shape[2] == 1 and self.recent is not None and self.recent.shape[2] == keep:
+            self.recent[:, :, self.ring : self.ring + 1] = exact
+            self.ring = (self.ring + 1) % keep
+            return self.recent, self.ring
+        seen = exact if self.recent is None else mx.concatenate([self._in_order(), exact], 2)
+        self._set_recent(seen[:, :, max(seen.shape[2] - keep, 0) :])
+        return seen, 0
+
+    def _in_order(self) -> mx.array:
+        return mx.roll(self.recent, -self.ring, 2) if self.ring else self.recent
+
+    def _set_recent(self, recent: mx.array | None) -> None:
+        self.recent, self.ring = (None if recent is None else mx.contiguous(recent)), 0
+
+    @property
+    def _recent_count(self) -> int:
+        return 0 if self.recent is None else self.recent.shape[2]
+
+    # ---- mlx-lm's side
+
+    def size(self) -> int:
+        return self.length
+
+    def empty(self) -> bool:
+        return self.columns is None
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the newest n tokens. The exact window is then shorter, and refills with the tokens that follow."""
+        n, self._last = min(self.length, n), None
+        self.length -= n
+        if self.recent is not None:
+            self._set_recent(self._in_order()[:, :, : max(self._recent_count - n, 0)])
+        return n
+
+    @property
+    def nbytes(self) -> int:
+        arrays = [*(self.columns or []), *(x for x in (self.recent, self.sinks) if x is not None)]
+        return sum(x.nbytes for x in arrays)
+
+    @property
+    def keys(self) -> mx.array | None:
+        """The slots; pipelined models make them wait for a message."""
+        return None if self.columns is None else self.columns[0]
+
+    @keys.setter
+    def keys(self, slots: mx.array) -> None:
+        self.columns[0] = slots
+
+    @property
+    def state(self) -> tuple:
+        self._last = None
+        o = self.options
+        meta = (FORMAT_VERSION, o.bits_k, o.bits_v, o.sinks, o.residual_window, o.cache_strategy, self.shared)
+        return self.columns, self.recent, self.sinks, self.length, self.ring, self.padding, self.recent_from, meta
+
+    @state.setter
+    def state(self, state) -> None:
+        self.columns, self.recent, self.sinks, self.length, self.ring, padding, recent_from, meta = state
+        version, bits_k, bits_v, sinks, window, strategy, shared = meta
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"this prompt cache has tqai's format {version}; this version reads {FORMAT_VERSION}: make the cache anew"
+            )
+        self.options = CacheOptions(bits_k, bits_v, sinks, window, strategy)
+        self._set_rows(list(padding), list(recent_from))
+        self._clear()
+        self.shared = bool(shared)
+
+    def _join(self, caches: Sequence[_Compressed]) -> None:
+        """Become the rows of all these caches, aligned at their ends."""
+        length = max(cache.length for cache in caches)
+        padding, recent_from = [], []
+        for cache in caches:
+            shift = length - cache.length
+            padding += [p + shift for p in cache.padding]
+            recent_from += [max(first, cache.length - cache._recent_count) + shift for first in cache.recent_from]
+        filled = [cache for cache in caches if cache.columns is not None]
+        if any(cache.options != self.options for cache in filled):
+            raise ValueError("caches of different formats cannot be served in one batch; patch the model once")
+        if filled:
+            like = filled[0]
+            self.columns = [
+                _stack([(c.columns and c.columns[i][:, :, : c.length], c) for c in caches], length, like.columns[i])
+                for i in range(len(like.columns))
+            ]
+            width = max(cache._recent_count for cache in filled)
+            if width:
+                parts = [(None if c.recent is None else c._in_order(), c) for c in caches]
+                self._set_recent(_stack(parts, width, next(c.recent for c in filled if c.recent is not None)))
+            if self.options.sinks and not self.options.keep_dense:
+                self.sinks = _stack([(c.sinks, c) for c in caches], self.options.sinks, like.sinks)
+        self.length, self._last = length, None
+        self._set_rows(padding, recent_from)
+
+
+def _stack(parts: list[tuple[mx.array | None, _Compressed]], width: int, like: mx.array) -> mx.array:
+    """[all rows, heads, width, ...] of arrays that end at the same column; zeros before them."""
+    aligned = []
+    for x, cache in parts:
+        if x is None:
+            x = mx.zeros((len(cache.padding), like.shape[1], 0, like.shape[3]), like.dtype)
+        aligned.append(mx.pad(x, [(0, 0), (0, 0), (width - x.shape[2], 0), (0, 0)]))
+    return mx.concatenate(aligned, 0)
+
+
+class CompressedKVCache(_Compressed):
+    """One sequence of one layer."""
+
+    @property
+    def offset(self) -> int:
+        return self.length
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None):
+        mask = create_attention_mask(N, self.length, return_array, window_size)
+        return masks.remember(mask, window_size)
+
+    @classmethod
+    def merge(cls, caches: Sequence[CompressedKVCache]) -> BatchCompressedKVCache:
+        return BatchCompressedKVCache.merge(caches)
+
+
+class BatchCompressedKVCache(_Compressed):
+    """Sequences of different lengths, which end at the same column."""
+
+    @property
+    def offset(self) -> mx.array:
+        return self.length - self._rows[0]
+
+    @property
+    def left_padding(self) -> mx.array:
+        return self._rows[0]
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **kwargs):
+        left_padding = self._rows[0]
+        mask = create_causal_mask(N, offset=self.length, left_padding=left_padding, window_size=window_size, **kwargs)
+        return mask if kwargs else masks.remember(mask, window_size)
+
+    def prepare(self, *, left_padding=None, lengths=None, right_padding=None) -> None:
+        if left_padding is not None:
+            if self.columns is not None:
+                raise ValueError("left padding can only be added to an empty cache")
+            self._set_rows([p + int(more) for p, more in zip(self.padding, left_padding)], self.recent_from)
+        if right_padding is not None and max(right_padding) > 0:
+            self._right_padding = [int(p) for p in right_padding]
+
+    def finalize(self) -> None:
+        """Roll the right padding that prepare announced to the left."""
+        if self._right_padding is None:
+            return
+        shift, length, count = self._right_padding, self.length, self._recent_count
+        rolled = mx.array(shift, mx.int32)[:, None]
+        if self.columns is not None:
+            place = (mx.arange(length) - rolled) % length
+            self.columns = [mx.take_along_axis(x, place[:, None, :, None], 2) for x in self.columns]
+        if self.recent is not None:
+            width = min(count, self.options.window)
+            place = mx.clip(mx.arange(count - width, count) - rolled, 0, None)
+            self._set_recent(mx.take_along_axis(self._in_order(), place[:, None, :, None], 2))
+        self._right_padding = self._last = None
+        self._set_rows(
+            [p + s for p, s in zip(self.padding, shift)],
+            [max(first, length - count) + s for first, s in zip(self.recent_from, shift)],
+        )
+
+    def filter(self, batch_indices) -> None:
+        """Keep these rows, and drop columns that are padding in all of them."""
+        keep = [int(i) for i in (batch_indices.tolist() if isinstance(batch_indices, mx.array) else batch_indices)]
+        padding, recent_from = [self.padding[i] for i in keep], [self.recent_from[i] for i in keep]
+        drop, index = min(padding), mx.array(keep)
+        if self.columns is not None:
+            self.columns = [x[index][:, :, drop:] for x in self.columns]
+        self.sinks = None if self.sinks is None else self.sinks[index]
+        self.length, self._last = max(self.length - drop, 0), None
+        if self.recent is not None:
+            count = min(self._recent_count, self.length)
+            self._set_recent(self._in_order()[index][:, :, self._recent_count - count :])
+        self._set_rows([p - drop for p in padding], [max(first - drop, 0) for first in recent_from])
+
+    def extend(self, other: BatchCompressedKVCache) -> None:
+        """Add the other batch's rows."""
+        self._join([self, other])
+
+    def extract(self, idx: int) -> CompressedKVCache:
+        """Row idx as a cache of its own."""
+        cache, start = CompressedKVCache(self.options), self.padding[idx]
+        cache.shared = self.shared
+        if self.columns is None or start >= self.length:
+            return cache
+        row = slice(idx, idx + 1)
+        cache.length = self.length - start
+        cache.columns = [mx.contiguous(x[row, :, start : self.length]) for x in self.columns]
+        cache.sinks = None if self.sinks is None else mx.contiguous(self.sinks[row])
+        if self.recent is not None:
+            count = self.length - max(start, self.recent_from[idx], self.length - self._recent_count)
+            cache._set_recent(self._in_order()[row, :, self._recent_count - count :])
+        return cache
+
+    @classmethod
+    def merge(cls, caches: Sequence[CompressedKVCache]) -> BatchCompressedKVCache:
+        batch = cls(next((c.options for c in caches if c.columns is not None), caches[0].options))
+        batch.shared = caches[0].shared
+        batch._join(caches)
+        return batch
