@@ -19,6 +19,21 @@ KINDS = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64, "rope_scaling": None,
         "layer_types": ["sliding_attention", "full_attention"], "torch_dtype": "float32",
     },
+    "phi3small": {
+        "layer_norm_epsilon": 1e-5, "ff_intermediate_size": 256, "gegelu_limit": 20.0, "dense_attention_every_n_layers": 2,
+        "blocksparse_block_size": 64, "blocksparse_num_local_blocks": 4, "blocksparse_vert_stride": 8,
+        "mup_attn_multiplier": 1.0, "mup_use_scaling": True, "mup_embedding_multiplier": 10.0, "mup_width_multiplier": 8.0,
+        "rope_embedding_base": 10000.0,
+    },
+    "deepseek_v3": {
+        "moe_intermediate_size": 64, "n_shared_experts": 1, "n_routed_experts": 4, "num_key_value_heads": 4,
+        "kv_lora_rank": 32, "q_lora_rank": None, "qk_rope_head_dim": 16, "v_head_dim": 32, "qk_nope_head_dim": 32,
+        "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 5, "routed_scaling_factor": 1.0,
+    },
+    "mamba2": {
+        "num_heads": 4, "state_size": 16, "conv_kernel": 4, "n_groups": 1, "use_bias": False, "use_conv_bias": True,
+        "time_step_limit": [0.0, 1.0], "time_step_rank": "auto", "layer_norm_epsilon": 1e-5, "ssm_state_size": 16,
+    },
     "gemma4_text": {
         "num_hidden_layers": 5, "sliding_window": 64, "num_kv_shared_layers": 2, "global_head_dim": 128,
         "sliding_window_pattern": 2, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 260,

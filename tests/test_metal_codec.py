@@ -9,7 +9,7 @@ from tqai_plugins.core.kv_format import SERVED_WIDTHS, KVFormat
 
 pytestmark = pytest.mark.mlx
 mx = pytest.importorskip("mlx.core")
-from tqai_plugins.metal_kernels import codec  # noqa: E402
+from tqai_plugins.metal_kernels import codec
 
 SERVED = [(d, b) for d, b in CASES if b in SERVED_WIDTHS]
 

@@ -8,13 +8,13 @@ import pytest
 pytestmark = pytest.mark.mlx
 pytest.importorskip("mlx_lm")
 
-import mlx.core as mx  # noqa: E402
-import mlx_models  # noqa: E402
-import tqai  # noqa: E402
-from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, speculative_generate_step  # noqa: E402
-from mlx_lm.models import base as mlx_base  # noqa: E402
-from mlx_lm.models import llama as mlx_llama  # noqa: E402
-from mlx_lm.models.cache import (  # noqa: E402
+import mlx.core as mx
+import mlx_models
+import tqai
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, speculative_generate_step
+from mlx_lm.models import base as mlx_base
+from mlx_lm.models import llama as mlx_llama
+from mlx_lm.models.cache import (
     KVCache,
     LRUPromptCache,
     RotatingKVCache,
@@ -24,11 +24,11 @@ from mlx_lm.models.cache import (  # noqa: E402
     save_prompt_cache,
     trim_prompt_cache,
 )
+from tqai_plugins.metal_kernels import codec
 
-from tqai_plugins.core import reference  # noqa: E402
-from tqai_plugins.core.kv_format import KVFormat  # noqa: E402
-from tqai_plugins.metal_kernels import codec  # noqa: E402
-from tqai_plugins.mlx_lm_plugin import BatchCompressedKVCache, CompressedKVCache, CacheOptions  # noqa: E402
+from tqai_plugins.core import reference
+from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.mlx_lm_plugin import BatchCompressedKVCache, CacheOptions, CompressedKVCache
 
 KINDS = ("llama", "qwen3", "gemma3_text", "gpt_oss", "gemma4_text")
 
@@ -378,3 +378,60 @@ def test_codes_are_the_references(llama):
     assert_matches(np.array(keys, np.float32), 4, slots[..., : fmt.k_bytes], scales[..., 0])
     assert_matches(np.array(values, np.float32), 2, slots[..., fmt.k_bytes : -4], scales[..., 1])
     assert codec.slot_words(fmt) * 4 == slots.shape[-1]
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        ("phi3small", "its attention does not go through mlx-lm's dispatch"),
+        ("deepseek_v3", "needs equal head dimensions"),
+        ("mamba2", "no full-attention layer to compress, only ArraysCache"),
+    ],
+)
+def test_models_whose_attention_cannot_read_codes_are_refused_and_stay_stock(kind, why):
+    model, _ = mlx_models.load(kind)
+    stock = mlx_llama.scaled_dot_product_attention
+    with pytest.raises(ValueError, match=f"^{kind}.*{why}"):
+        tqai.patch(model)
+    assert "make_cache" not in vars(model) and mlx_llama.scaled_dot_product_attention is stock
+    assert greedy(model, prompt(10), 4)
+
+
+def test_head_dimensions_that_slots_cannot_hold_are_refused(tmp_path):
+    import mlx_lm
+
+    model, _ = mlx_lm.load(str(mlx_models.write(tmp_path / "narrow", "llama", head_dim=40)))
+    with pytest.raises(ValueError, match="^llama cannot be served.*multiples of 16"):
+        tqai.patch(model)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"bits_k": 5}, "bits_k is 5; on MLX allowed are 2, 3, 4, 8"),
+        ({"residual_window": "many"}, "residual_window is 'many'; allowed are whole numbers from 0"),
+        ({"cache_strategy": "fast"}, "cache_strategy is 'fast'; allowed are auto, residual, full, incremental"),
+        ({"use_qjl": True}, "unknown option 'use_qjl' for an MLX model; allowed are bits_k, bits_v"),
+        ({"backend": "torch"}, "this is an MLX model; use backend='mlx'"),
+    ],
+)
+def test_bad_options_are_refused(llama, options, said):
+    with pytest.raises(ValueError, match=said):
+        tqai.patch(llama, **options)
+    assert "make_cache" not in vars(llama)
+
+
+@pytest.mark.parametrize("version", ["0.31.3", "0.33.0", "1.0"])
+def test_untested_versions_of_mlx_lm_are_refused(llama, monkeypatch, version):
+    monkeypatch.setattr("tqai_plugins.mlx_lm_plugin.compat.version", lambda name: version)
+    with pytest.raises(ImportError, match=f"mlx-lm {version} was not tested with tqai; install one of >=0.32,<0.33"):
+        tqai.patch(llama)
+
+
+def test_the_entry_point_makes_caches(llama):
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="tqai.cache_factories", name="mlx-lm")
+    caches = entry.load()(llama, bits_k=3, bits_v=3)
+    assert [type(c) for c in caches] == [CompressedKVCache] * 2 and caches[0].options.bits_k == 3
+    assert greedy(llama, prompt(9), 3, caches) == greedy(llama, prompt(9), 3)

@@ -1,7 +1,20 @@
-"""TurboQuant KV caches for mlx-lm: tqai.patch(model), or this package's install and uninstall."""
+"""TurboQuant KV caches for mlx-lm: tqai.patch(model), or this package's install and uninstall.
 
-from .install import cache_factory, install, uninstall
-from .kv_cache import BatchCompressedKVCache, CompressedKVCache
-from .options import CacheOptions
+Nothing is imported before it is used, since autoload is imported when Python starts.
+"""
 
-__all__ = ["BatchCompressedKVCache", "CacheOptions", "CompressedKVCache", "cache_factory", "install", "uninstall"]
+_WHERE = {
+    "BatchCompressedKVCache": "kv_cache", "CacheOptions": "options", "CompressedKVCache": "kv_cache",
+    "cache_factory": "patching", "install": "patching", "uninstall": "patching",
+}  # fmt: skip
+__all__ = list(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value

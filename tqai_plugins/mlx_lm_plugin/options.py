@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from ..core.kv_format import DEFAULT_BITS, SERVED_WIDTHS, KVFormat
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
-BACKENDS = (None, "auto", "mlx")
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,6 @@ class CacheOptions:
     sink_tokens: int | None = None
     residual_window: int = 128
     cache_strategy: str = "auto"
-    backend: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("bits_k", "bits_v"):
@@ -44,8 +42,6 @@ class CacheOptions:
             raise ValueError("residual_window is None; allowed are whole numbers from 0")
         if self.cache_strategy not in STRATEGIES:
             raise ValueError(f"cache_strategy is {self.cache_strategy!r}; allowed are {', '.join(STRATEGIES)}")
-        if self.backend not in BACKENDS:
-            raise ValueError(f"backend is {self.backend!r}; an MLX model takes 'mlx' or 'auto'")
 
     @classmethod
     def of(cls, **given) -> CacheOptions:

@@ -84,12 +84,12 @@ def _is_mlx(model) -> bool:
 
 
 def _mlx_plugin():
+    from tqai_plugins import mlx_lm_plugin
+
     try:
-        from tqai_plugins import mlx_lm_plugin
-    except ImportError as error:
-        raise ImportError("an MLX model needs mlx-lm; install it with: pip install 'tqai[mlx]'") from error
-    if not hasattr(mlx_lm_plugin, "install"):
-        raise ImportError("this version of tqai has no MLX plugin yet; transformers models and vLLM are served")
+        mlx_lm_plugin.install  # noqa: B018  imports mlx-lm
+    except ModuleNotFoundError as error:
+        raise ImportError(f"an MLX model needs mlx-lm ({error}); install it with: pip install 'tqai[mlx]'") from error
     return mlx_lm_plugin
 
 

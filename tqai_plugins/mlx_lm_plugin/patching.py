@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 
 import mlx.core as mx
-import mlx.nn as nn
+from mlx import nn
 from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
@@ -129,7 +129,7 @@ def _probe(model: nn.Module, caches: list) -> None:
                 if not isinstance(part.handed, mx.array) and id(part.handed.tokens) not in dispatch.attended:
                     raise ValueError(f"attention of its full-attention layer {i} does not go through mlx-lm's dispatch")
     except Exception as error:
-        message = f"{_name(model)} cannot be served with tqai's cache, use it with mlx-lm's own: {error}"
-        raise ValueError(message) from error
+        reason = str(error) if isinstance(error, ValueError) else "its attention does not go through mlx-lm's dispatch"
+        raise ValueError(f"{_name(model)} cannot be served with tqai's cache, use it with mlx-lm's own: {reason}") from error
     finally:
         dispatch.attended = None
