@@ -5,9 +5,27 @@ from __future__ import annotations
 import mlx.core as mx
 
 from ..core.kv_format import KVFormat
-from . import codec
+from . import codec, launch, tables
+
+SIMDGROUPS = 4
+
+
+def vectors_at_once(head_dim: int) -> int:
+    """Vectors that a simdgroup of 32 lanes works on, 16 coordinates a lane (Shape in common.metal)."""
+    return 32 // (1 << (head_dim // 16 - 1).bit_length())
 
 
 def store(keys: mx.array, values: mx.array, fmt: KVFormat) -> mx.array:
     """Rotate, quantize and pack: [batch, kv_heads, tokens, head_dim] -> uint32 [batch, kv_heads, tokens, slot_words]."""
-    return codec.store(keys, values, fmt)
+    if not launch.available():
+        return codec.store(keys, values, fmt)
+    count = keys.size // fmt.head_dim
+    (slots,) = launch.launch(
+        "store",
+        {"keys": keys, "values": values, "tables": tables.encoding(fmt), "count": tables.numbers(count)},
+        {"slots": ((*keys.shape[:3], codec.slot_words(fmt)), mx.uint32)},
+        {"D": fmt.head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "SG": SIMDGROUPS},
+        (-(-count // (SIMDGROUPS * vectors_at_once(fmt.head_dim))), 1, 1),
+        SIMDGROUPS,
+    )
+    return slots

@@ -13,6 +13,7 @@ BASE = {
 KINDS = {
     "llama": {},
     "draft": {"model_type": "llama", "num_hidden_layers": 1},
+    "llama32": {"model_type": "llama", "torch_dtype": "float32"},
     "qwen3": {},
     "gemma3_text": {"sliding_window": 64, "sliding_window_pattern": 2, "query_pre_attn_scalar": 64},
     "gpt_oss": {

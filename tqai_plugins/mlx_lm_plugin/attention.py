@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from ..metal_kernels import codec
+from ..metal_kernels import codec, launch
+from ..metal_kernels.decode_attention import decode_attention
+from ..metal_kernels.dequantize import dequantize
+from . import masks
 from .tokens import Operand, Tokens
 
 
@@ -16,13 +19,21 @@ def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask
     """
     if not isinstance(values, Operand) or values.tokens is not keys.tokens:
         raise ValueError("keys and values of different updates; this model cannot be served with a tqai cache")
-    return dense_attention(queries, keys.tokens, scale, mask, sinks)
+    tokens = keys.tokens
+    if queries.shape[2] == 1 and launch.available():
+        ours, sliding = masks.sliding_window(mask)
+        if ours:
+            return decode_attention(
+                queries, tokens.slots, tokens.length, tokens.fmt, tokens.rows, scale=scale, recent=tokens.recent,
+                ring=tokens.ring, sinks=tokens.sinks, first=max(tokens.length - sliding, 0) if sliding else 0, extra=sinks,
+            )  # fmt: skip
+    return dense_attention(queries, tokens, scale, mask, sinks)
 
 
 def dense_attention(queries: mx.array, tokens: Tokens, scale: float, mask, sinks=None) -> mx.array:
     """Dequantize this layer for the moment and attend with MLX's own kernel, in the basis of the codes."""
     dtype, heads = queries.dtype, tokens.slots.shape[1]
-    parts = [(x.astype(dtype) for x in codec.load(tokens.slots[:, :, : tokens.length], tokens.fmt))]
+    parts = [dequantize(tokens.slots, tokens.length, tokens.fmt, dtype)]
     exact = [x for x in (tokens.sinks, _recent_in_order(tokens)) if x is not None]
     if exact:
         turned = codec.rotate(mx.concatenate(exact, 2)).astype(dtype)

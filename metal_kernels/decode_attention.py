@@ -1,0 +1,92 @@
+"""Attention of one new token of every sequence over slots and the exact tokens that lie over them."""
+
+from __future__ import annotations
+
+import math
+
+import mlx.core as mx
+
+from ..core.kv_format import KVFormat
+from . import launch, tables
+from .store import vectors_at_once
+
+HEADS_AT_ONCE = 4  # query heads whose sums a lane holds; more KV group members read the slots again
+TOKENS_AT_ONCE = 4  # tokens of a lane between two looks at the running maximum
+THREADGROUPS = 384  # enough for three on each of an H100's 132 multiprocessors
+MERGE_SIMDGROUPS = 4
+
+
+def decode_attention(
+    queries: mx.array,
+    slots: mx.array,
+    length: int,
+    fmt: KVFormat,
+    rows: mx.array,
+    *,
+    scale: float,
+    recent: mx.array | None = None,
+    ring: int = 0,
+    sinks: mx.array | None = None,
+    first: int = 0,
+    extra: mx.array | None = None,
+    splits: int | None = None,
+) -> mx.array:
+    """queries [batch, q_heads, 1, head_dim] -> the same shape.
+
+    slots uint32 [batch, kv_heads, capacity, slot_words], of which `length` columns are filled; the newest is the
+    query's own. recent [batch, 2 kv_heads, count, head_dim]: the newest columns exactly, as a ring whose oldest lies
+    at `ring`; sinks [batch, 2 kv_heads, count, head_dim]: the first tokens of each sequence; keys in the first half.
+    rows int32 [2, batch]: first column of each sequence, and the first that `recent` really holds. Columns before
+    `first` are not seen (sliding window). extra [q_heads]: logits without a value, or None.
+    splits: threadgroups that share a head's codes; by default as many as fill the machine.
+    """
+    batch, q_heads, _, head_dim = queries.shape
+    heads = slots.shape[1]
+    group = q_heads // heads
+    blocks = -(-group // HEADS_AT_ONCE)
+    together = -(-group // blocks)
+    simdgroups = max(1, min(4, 4096 // (together * head_dim)))  # 16 KiB of threadgroup memory
+    at_once = simdgroups * vectors_at_once(head_dim) * TOKENS_AT_ONCE
+    if splits is None:
+        splits = max(1, min(-(-length // at_once), THREADGROUPS // (batch * heads * blocks)))
+    exact = recent is not None or sinks is not None
+    none = tables.numbers(0)
+    counts = [0 if x is None else x.shape[2] for x in (recent, sinks)]
+    parts = splits + exact
+    sums, stats = launch.launch(
+        "decode_attention",
+        {
+            "q": queries, "slots": slots, "recent": none if recent is None else recent,
+            "sinks": none if sinks is None else sinks,
+            "tables": tables.attention(fmt, scale * math.log2(math.e)),
+            "sizes": tables.numbers(length, splits, slots.shape[2], counts[0], ring, counts[1], first, heads), "rows": rows,
+        },
+        {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
+        {
+            "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group, "G": together, "U": TOKENS_AT_ONCE,
+            "SG": simdgroups, "EXACT": int(exact),
+        },
+        (parts, heads * blocks, batch),
+        simdgroups,
+    )  # fmt: skip
+    return merge(sums, stats, fmt, splits, exact, extra, queries.dtype)
+
+
+def merge(
+    sums: mx.array, stats: mx.array, fmt: KVFormat, splits: int, exact: bool, extra: mx.array | None, dtype: mx.Dtype
+) -> mx.array:
+    """sums [batch, q_heads, parts, head_dim] and stats [.., 2] of decode_attention -> [batch, q_heads, 1, head_dim]."""
+    batch, q_heads, _, head_dim = sums.shape
+    logits = tables.attention(fmt, 1.0) if extra is None else extra.astype(mx.float32) * math.log2(math.e)
+    (out,) = launch.launch(
+        "merge",
+        {
+            "sums": sums, "stats": stats, "tables": tables.attention(fmt, 1.0), "extra": logits,
+            "sizes": tables.numbers(splits),
+        },
+        {"out": ((batch, q_heads, 1, head_dim), dtype)},
+        {"T": dtype, "D": head_dim, "SG": MERGE_SIMDGROUPS, "EXACT": int(exact), "SINKS": int(extra is not None)},
+        (q_heads, batch, 1),
+        MERGE_SIMDGROUPS,
+    )  # fmt: skip
+    return out

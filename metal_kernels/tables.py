@@ -1,0 +1,63 @@
+"""What the kernels read from the codebooks and the rotation, as evaluated arrays."""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+import numpy as np
+
+from ..core.codebook import SEARCH, Codebook
+from ..core.kv_format import KVFormat
+from ..core.rotation import Rotation
+
+LEVELS = 16  # room for the levels of keys, and of values; 8-bit codes need none
+
+
+def _evaluated(numbers) -> mx.array:
+    array = mx.array(np.concatenate(numbers).astype(np.float32))
+    mx.eval(array)
+    return array
+
+
+def _padded(numbers, room: int) -> np.ndarray:
+    return np.pad(np.array(numbers, np.float32), (0, room - len(numbers)))
+
+
+def _levels(head_dim: int, bits: int) -> np.ndarray:
+    if bits == 8:
+        return np.zeros(LEVELS, np.float32)
+    magnitudes = np.array(Codebook.lloyd_max(head_dim, bits).magnitudes, np.float32)
+    return _padded(np.concatenate([magnitudes, -magnitudes]), LEVELS)
+
+
+@functools.lru_cache(None)
+def encoding(fmt: KVFormat) -> mx.array:
+    """Signs of the rotation, the grids of the search, and for keys and values: unit, 8 magnitudes, 7 boundaries."""
+    parts = [np.array(Rotation(fmt.head_dim).signs), np.array(SEARCH)]
+    for bits in (fmt.bits_k, fmt.bits_v):
+        book = Codebook.lloyd_max(fmt.head_dim, bits)
+        magnitudes, boundaries = (book.magnitudes, book.boundaries) if bits < 8 else ((), ())
+        parts += [np.array([book.unit]), _padded(magnitudes, 8), _padded(boundaries, 7)]
+    return _evaluated(parts)
+
+
+@functools.lru_cache(None)
+def decoding(fmt: KVFormat) -> mx.array:
+    """Level by code of keys, then of values."""
+    return _evaluated([_levels(fmt.head_dim, fmt.bits_k), _levels(fmt.head_dim, fmt.bits_v)])
+
+
+@functools.lru_cache(64)
+def attention(fmt: KVFormat, factor: float) -> mx.array:
+    """A factor for queries, the signs of the rotation, and the levels."""
+    signs = np.array(Rotation(fmt.head_dim).signs)
+    return _evaluated([np.array([factor]), signs, _levels(fmt.head_dim, fmt.bits_k), _levels(fmt.head_dim, fmt.bits_v)])
+
+
+@functools.lru_cache(64)
+def numbers(*values: int) -> mx.array:
+    """Whole numbers, at least eight of them: MLX puts smaller inputs into another address space."""
+    array = mx.array([*values, *(0 for _ in range(8 - len(values)))], mx.int32)
+    mx.eval(array)
+    return array

@@ -1,0 +1,220 @@
+"""The Metal kernels, run on the CPU as the text that MLX generates for Metal (see metal_shim.py)."""
+
+import shutil
+
+import numpy as np
+import pytest
+from golden_vectors import assert_matches, load
+
+pytestmark = pytest.mark.mlx
+pytest.importorskip("mlx.core")
+if shutil.which("g++") is None:
+    pytest.skip("needs g++ to compile Metal source for the CPU", allow_module_level=True)
+
+import metal_shim
+import mlx.core as mx
+from tqai_plugins.metal_kernels import codec, launch
+from tqai_plugins.metal_kernels.decode_attention import decode_attention
+from tqai_plugins.metal_kernels.dequantize import dequantize
+from tqai_plugins.metal_kernels.store import store
+
+from tqai_plugins.core import reference
+from tqai_plugins.core.kv_format import SERVED_WIDTHS, KVFormat
+
+HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
+# Every width for keys and for values at every head_dim in turn.
+FORMATS = [KVFormat(k, v, d) for i, d in enumerate(HEAD_DIMS) for k, v in [((4, 2), (3, 3), (8, 8), (2, 4))[j % 4] for j in (i, i + 1)]]
+name = lambda fmt: f"D{fmt.head_dim}-K{fmt.bits_k}V{fmt.bits_v}"
+
+
+@pytest.fixture(autouse=True)
+def shim(monkeypatch):
+    monkeypatch.setattr(launch, "launch", metal_shim.launch)
+    monkeypatch.setattr(launch, "available", metal_shim.available)
+
+
+def draw(seed, *shape, dtype=mx.float16) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("bits", SERVED_WIDTHS)
+def test_store_writes_the_golden_bytes(head_dim, bits):
+    x, packed, _ = load(head_dim, bits)
+    fmt = KVFormat(bits, bits, head_dim)
+    vectors = mx.array(x)[None, None]
+    slots = np.array(store(vectors, vectors, fmt))[0, 0].view(np.uint8)
+    scales = slots[:, -4:].view(np.float16)
+    for codes, found in ((slots[:, : fmt.k_bytes], scales[:, 0]), (slots[:, fmt.k_bytes : -4], scales[:, 1])):
+        assert np.array_equal(codes, packed)
+        assert_matches(x, bits, codes, found)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=["f16", "bf16", "f32"])
+def test_store_writes_the_references_codes_and_dequantize_reads_them(fmt, dtype):
+    if dtype != mx.float16 and fmt.head_dim not in (80, 128):
+        pytest.skip("one dtype is enough here")
+    keys, values = draw(1, 2, 3, 7, fmt.head_dim, dtype=dtype), draw(2, 2, 3, 7, fmt.head_dim, dtype=dtype)
+    keys[0, 0, 0], keys[0, 0, 1], values[1, 2, 3] = 0, np.nan, np.inf
+    slots = store(keys, values, fmt)
+    packed = np.array(slots).view(np.uint8)
+    scales = packed[..., -4:].view(np.float16)
+    for x, bits, codes, scale in (
+        (keys, fmt.bits_k, packed[..., : fmt.k_bytes], scales[..., 0]),
+        (values, fmt.bits_v, packed[..., fmt.k_bytes : -4], scales[..., 1]),
+    ):
+        assert_matches(np.array(x.astype(mx.float32)), bits, codes, scale)
+    room = mx.pad(slots, [(0, 0), (0, 0), (0, 5), (0, 0)])
+    for found, plain in zip(dequantize(room, 6, fmt, dtype), codec.load(slots[:, :, :6], fmt)):
+        assert found.dtype == dtype and found.shape == (2, 3, 6, fmt.head_dim)
+        assert mx.allclose(found.astype(mx.float32), plain, rtol=5e-3, atol=1e-6, equal_nan=True)
+
+
+class Case:
+    """A batch with left padding, a ring of newest tokens and first tokens, and what attention over it is."""
+
+    def __init__(self, fmt, group, lengths, window, sinks, dtype=mx.float16, seed=0, heads=2):
+        self.fmt, self.total, batch = fmt, max(lengths), len(lengths)
+        self.keys, self.values = (draw(seed + i, batch, heads, self.total, fmt.head_dim, dtype=dtype) for i in (1, 2))
+        self.queries = draw(seed + 3, batch, heads * group, 1, fmt.head_dim, dtype=dtype)
+        slots = codec.store(self.keys, self.values, fmt)
+        self.slots = mx.pad(slots, [(0, 0), (0, 0), (0, 9), (0, 0)], constant_values=0xFFFFFFFF)  # spare room is not read
+        self.padding = [self.total - n for n in lengths]
+        self.from_ = [max(p, self.total - window) for p in self.padding]
+        both = mx.concatenate([self.keys, self.values], 1)
+        count = min(window, self.total)
+        self.ring = 3 % count if count else 0
+        self.recent = mx.roll(both[:, :, self.total - count :], self.ring, 2) if window else None
+        place = mx.clip(mx.array(self.padding)[:, None] + mx.arange(sinks), 0, self.total - 1)[:, None, :, None]
+        self.sinks = mx.take_along_axis(both, place, 2) if sinks else None
+        self.window, self.sink_count, self.group = window, sinks, group
+        self.rows = mx.array([self.padding, self.from_], mx.int32)
+
+    def run(self, scale, **more) -> np.ndarray:
+        found = decode_attention(
+            self.queries, self.slots, self.total, self.fmt, self.rows, scale=scale, recent=self.recent, ring=self.ring,
+            sinks=self.sinks, **more,
+        )  # fmt: skip
+        assert found.dtype == self.queries.dtype and found.shape == self.queries.shape
+        return np.array(found.astype(mx.float32))[:, :, 0]
+
+    def expected(self, scale, first=0, extra=None) -> np.ndarray:
+        f64 = lambda x: np.array(x.astype(mx.float32), np.float64)
+        coded = [f64(codec.rotate_back(x)) for x in codec.load(self.slots[:, :, : self.total], self.fmt)]
+        out = np.zeros(self.queries.shape[:2] + (self.fmt.head_dim,))
+        for b, padding in enumerate(self.padding):
+            column = np.arange(max(padding, first), self.total)
+            exact = ((column >= self.total - self.window) | (column < padding + self.sink_count))[:, None]
+            for h in range(out.shape[1]):
+                kv = h // self.group
+                k, v = (np.where(exact, f64(x[b, kv])[column], c[b, kv][column]) for x, c in zip((self.keys, self.values), coded))
+                logits = scale * (k @ f64(self.queries[b, h, 0]))
+                sink = -np.inf if extra is None else float(extra[h])
+                weights = np.exp(logits - max(logits.max(), sink))
+                out[b, h] = weights @ v / (weights.sum() + np.exp(sink - max(logits.max(), sink)))
+        return out
+
+
+def close(found, expected, tolerance=2e-3) -> bool:
+    return np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=name)
+def test_decode_attention_over_the_grid(fmt):
+    group = {64: 1, 80: 3, 96: 4, 128: 4, 192: 2, 256: 5, 512: 8}[fmt.head_dim]
+    case = Case(fmt, group, (77, 40, 3), 16, 4, heads=1 if fmt.head_dim == 512 else 2)
+    assert close(case.run(0.1, splits=2), case.expected(0.1))
+
+
+K4V2 = KVFormat(4, 2, 64)
+
+
+@pytest.mark.parametrize(
+    "group, lengths, window, sinks",
+    [
+        (4, (1,), 128, 4), (4, (2, 1), 128, 4), (1, (5,), 0, 0), (7, (129, 128, 127), 128, 4), (2, (300,), 0, 4),
+        (2, (131, 4, 133), 128, 0), (16, (33,), 8, 2), (4, (200, 9, 64, 65, 1), 32, 4),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("splits", [None, 1, 3])
+def test_odd_lengths_windows_and_groups(group, lengths, window, sinks, splits):
+    case = Case(K4V2, group, lengths, window, sinks)
+    assert close(case.run(0.125, splits=splits), case.expected(0.125))
+
+
+@pytest.mark.parametrize("first", [0, 30, 90, 99])
+def test_sliding_windows_and_learned_sinks(first):
+    case, extra = Case(K4V2, 4, (100, 80), 16, 4), draw(7, 8)
+    assert close(case.run(0.125, first=first), case.expected(0.125, first))
+    assert close(case.run(0.125, first=first, extra=extra), case.expected(0.125, first, np.array(extra)))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(mx.bfloat16, 1e-2), (mx.float32, 2e-6)])
+def test_dtypes(dtype, tolerance):
+    case = Case(KVFormat(4, 2, 80), 3, (50, 20), 16, 4, dtype)
+    assert close(case.run(0.125), case.expected(0.125), tolerance)
+
+
+def test_large_scores_do_not_overflow():
+    case = Case(K4V2, 2, (90, 30), 16, 4)
+    assert close(case.run(40.0), case.expected(40.0), 1e-2)
+
+
+def run_seeds(monkeypatch, edit=None, kernel="decode_attention") -> list[np.ndarray]:
+    results = []
+    for seed in (0, 1, 2, 3):
+        change = lambda name, *a, seed=seed: metal_shim.launch(name, *a, seed=seed, edit=edit if name == kernel else None)
+        monkeypatch.setattr(launch, "launch", change)
+        results.append(Case(K4V2, 4, (150, 80), 16, 4).run(0.125, splits=2))
+    return results
+
+
+def test_the_order_of_threads_does_not_matter(monkeypatch):
+    results = run_seeds(monkeypatch)
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+def without_last_barrier(text: str) -> str:
+    assert BARRIER in text
+    return "".join(text.rsplit(BARRIER, 1))
+
+
+def without_first_barrier(text: str) -> str:
+    return text.replace(BARRIER, "", 1)
+
+
+@pytest.mark.parametrize("kernel", ["decode_attention", "merge"])
+@pytest.mark.parametrize("edit", [without_first_barrier, without_last_barrier])
+def test_a_missing_barrier_is_caught(monkeypatch, kernel, edit):
+    results = run_seeds(monkeypatch, edit, kernel)
+    assert any(not np.array_equal(result, results[0], equal_nan=True) or np.isnan(result).any() for result in results)
+
+
+def divergent(text: str) -> str:
+    reduction = "dot = group_sum<D>(dot) * scale;"
+    assert reduction in text
+    return text.replace(reduction, "if (lane < 7) dot = group_sum<D>(dot) * scale;")
+
+
+def half_a_barrier(text: str) -> str:
+    return text.replace(BARRIER, f"if (simdgroup_index_in_threadgroup == 0) {BARRIER}")
+
+
+@pytest.mark.parametrize("edit, said", [(divergent, "divergent|deadlock"), (half_a_barrier, "deadlock|divergent|after a thread")])
+def test_divergent_collectives_are_caught(monkeypatch, edit, said):
+    with pytest.raises(RuntimeError, match=f"decode_attention: .*({said})"):
+        run_seeds(monkeypatch, edit)
+
+
+def test_codes_of_the_kernel_read_by_the_reference():
+    fmt = KVFormat(3, 4, 96)
+    x = draw(5, 1, 1, 20, 96, dtype=mx.float32)
+    slots = np.array(store(x, x, fmt))[0, 0].view(np.uint8)
+    scales = slots[:, -4:].view(np.float16)
+    back = reference.dequantize(slots[:, : fmt.k_bytes], scales[:, 0], 3, 96)
+    error = np.linalg.norm(back - np.array(x)[0, 0]) / np.linalg.norm(np.array(x))
+    assert 0.1 < error < 0.2
