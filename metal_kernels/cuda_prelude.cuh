@@ -13,6 +13,8 @@ enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 TQAI_FN void threadgroup_barrier(mem_flags) { __syncthreads(); }
 template <class T, class U> TQAI_FN T as_type(U from) { return *reinterpret_cast<T*>(&from); }
 template <class T> TQAI_FN T simd_shuffle_xor(T v, ushort mask) { return __shfl_xor_sync(~0u, v, mask); }
+// The value of lane `index` modulo 32.
+TQAI_FN float simd_table(float v, uint index) { return __shfl_sync(~0u, v, index); }
 template <class T> TQAI_FN T simd_sum(T v) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
     return v;
@@ -37,7 +39,4 @@ template <class T> TQAI_FN T max(T a, T b) { return a > b ? a : b; }
 template <class T> TQAI_FN T min(T a, T b) { return a < b ? a : b; }
 template <class T> TQAI_FN T clamp(T v, T low, T high) { return min(max(v, low), high); }
 }
-// Last: nvcc spells __device__ and __constant__ with these words.
-#define device
-#define constant
 #define thread

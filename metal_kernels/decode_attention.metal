@@ -10,13 +10,10 @@
 // D: head_dim; BK, BV: bits; GROUP: query heads a KV head; G: those of a block; U: tokens a lane takes at once;
 // SG: simdgroups a threadgroup; EXACT: whether there are exact tokens.
 
-    constexpr int CHUNKS = Shape<D>::CHUNKS, LANES = Shape<D>::LANES, GROUPS = Shape<D>::GROUPS;
+    constexpr int CHUNKS = Lanes<D>::CHUNKS, LANES = Lanes<D>::LANES, GROUPS = Lanes<D>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;
     constexpr int BLOCKS = (GROUP + G - 1) / G;
-    threadgroup float table[32], tops[SG * G], totals[SG * G], parts[SG * G * D];
-    if (thread_index_in_threadgroup < 32) table[thread_index_in_threadgroup] = tables[1 + D + thread_index_in_threadgroup];
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-
+    threadgroup float tops[SG * G], totals[SG * G], parts[SG * G * D];
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup, chunk = lane % LANES;
     const int split = threadgroup_position_in_grid.x, b = threadgroup_position_in_grid.z;
     const int kv_head = threadgroup_position_in_grid.y / BLOCKS, first_head = threadgroup_position_in_grid.y % BLOCKS * G;
@@ -52,72 +49,53 @@
         total[g] = 0.0f;
     }
 
-    const size_t head_row = size_t(b) * heads + kv_head;
-    for (int step = begin + sg * GROUPS * U; step < end; step += SG * GROUPS * U) {
-        float score[G][U], worth[U];
-        size_t place[U];  // of a slot in words, or of an exact key in numbers
-        bool from_sinks[U];
-        UNROLL for (int u = 0; u < U; u++) {
-            const int t = step + u * GROUPS + lane / LANES;
-            const bool live = t < end;
-            const int at = live ? t : end - 1;
-            float key[16], scale = 1.0f;
-            UNROLL for (int i = 0; i < 16; i++) key[i] = 0.0f;
-            worth[u] = 1.0f;
-            if (exact) {
-                from_sinks[u] = at < sink_end - sink_begin;
-                const int column = from_sinks[u] ? sink_begin + at : near_begin + at - (sink_end - sink_begin);
-                const int ring = sizes[4] + column - (sizes[0] - sizes[3]);
-                place[u] = from_sinks[u] ? size_t(column - start) : size_t(ring >= sizes[3] ? ring - sizes[3] : ring);
-                const size_t row = size_t(b) * 2 * heads + kv_head;
-                if (mine)
-                    UNROLL for (int i = 0; i < 16; i++)
-                        key[i] = from_sinks[u] ? float(sinks[(row * sizes[5] + place[u]) * D + 16 * chunk + i])
-                                               : float(recent[(row * sizes[3] + place[u]) * D + 16 * chunk + i]);
-            } else {
-                place[u] = (head_row * sizes[2] + at) * WORDS;
-                const device uint* slot = slots + place[u];
+    if (exact) {
+        const int sink_count = sink_end - sink_begin;
+        const size_t key_row = size_t(b) * 2 * heads + kv_head, value_row = key_row + heads;
+        for (int step = begin + sg * GROUPS; step < end; step += SG * GROUPS) {
+            const int t = step + lane / LANES, at = metal::min(t, end - 1);
+            const bool first = at < sink_count;
+            const int column = first ? sink_begin + at : near_begin + at - sink_count;
+            const int ring = sizes[4] + column - (sizes[0] - sizes[3]);
+            const size_t place = first ? column - start : ring >= sizes[3] ? ring - sizes[3] : ring;
+            float number[16], score[G][1];
+            const float worth[1] = {1.0f};
+            UNROLL for (int i = 0; i < 16; i++) number[i] = 0.0f;
+            if (mine)
+                UNROLL for (int i = 0; i < 16; i++)
+                    number[i] = first ? float(sinks[(key_row * sizes[5] + place) * D + 16 * chunk + i])
+                                      : float(recent[(key_row * sizes[3] + place) * D + 16 * chunk + i]);
+            dots<D, G, 1>(query, number, 1.0f, t < end, 0, score);
+            soften<G, 1>(score, worth, top, total, sum);
+            if (mine) {
+                UNROLL for (int i = 0; i < 16; i++)
+                    number[i] = first ? float(sinks[(value_row * sizes[5] + place) * D + 16 * chunk + i])
+                                      : float(recent[(value_row * sizes[3] + place) * D + 16 * chunk + i]);
+                add<G, 1>(score, number, 0, sum);
+            }
+        }
+    } else {
+        const device uint* row = slots + (size_t(b) * heads + kv_head) * sizes[2] * WORDS;
+        const float key_level = tables[1 + D + table_place<BK>(lane)], value_level = tables[17 + D + table_place<BV>(lane)];
+        for (int step = begin + sg * GROUPS * U; step < end; step += SG * GROUPS * U) {
+            float score[G][U], worth[U];
+            UNROLL for (int u = 0; u < U; u++) {
+                const int t = step + u * GROUPS + lane / LANES;
+                const device uint* slot = row + size_t(metal::min(t, end - 1)) * WORDS;
                 const uint scales = slot[KW + VW];
-                scale = key_scale(scales);
                 worth[u] = value_scale(scales);
-                if (mine) levels<D, BK>(slot, &table[0], chunk, key);
+                float level[16];
+                levels<D, BK>(slot, key_level, mine ? chunk : 0, level);  // idle lanes' queries are zero
+                dots<D, G, U>(query, level, key_scale(scales), t < end, u, score);
             }
-            UNROLL for (int g = 0; g < G; g++) {
-                float dot = 0.0f;
-                UNROLL for (int i = 0; i < 16; i++) dot += query[g][i] * key[i];
-                dot = group_sum<D>(dot) * scale;
-                score[g][u] = live ? dot : -3e38f;
+            soften<G, U>(score, worth, top, total, sum);
+            UNROLL for (int u = 0; u < U; u++) {
+                const int t = step + u * GROUPS + lane / LANES;
+                float level[16];
+                levels<D, BV>(row + size_t(metal::min(t, end - 1)) * WORDS + KW, value_level, mine ? chunk : 0, level);
+                add<G, U>(score, level, u, sum);
             }
         }
-        UNROLL for (int g = 0; g < G; g++) {
-            float highest = score[g][0];
-            UNROLL for (int u = 1; u < U; u++) highest = metal::max(highest, score[g][u]);
-            if (highest > top[g]) {
-                const float shrink = metal::exp2(top[g] - highest);
-                top[g] = highest;
-                total[g] *= shrink;
-                UNROLL for (int i = 0; i < 16; i++) sum[g][i] *= shrink;
-            }
-            UNROLL for (int u = 0; u < U; u++) {
-                score[g][u] = metal::exp2(score[g][u] - top[g]);
-                total[g] += score[g][u];
-                score[g][u] *= worth[u];
-            }
-        }
-        if (mine)
-            UNROLL for (int u = 0; u < U; u++) {
-                float value[16];
-                if (exact) {
-                    const size_t row = size_t(b) * 2 * heads + heads + kv_head;
-                    UNROLL for (int i = 0; i < 16; i++)
-                        value[i] = from_sinks[u] ? float(sinks[(row * sizes[5] + place[u]) * D + 16 * chunk + i])
-                                                 : float(recent[(row * sizes[3] + place[u]) * D + 16 * chunk + i]);
-                } else {
-                    levels<D, BV>(slots + place[u] + KW, &table[16], chunk, value);
-                }
-                UNROLL for (int g = 0; g < G; g++)
-                    UNROLL for (int i = 0; i < 16; i++) sum[g][i] += score[g][u] * value[i];
-            }
     }
 
     // The groups of a simdgroup, then the simdgroups.

@@ -50,7 +50,7 @@ def decode_attention(
     if splits is None:
         splits = max(1, min(-(-length // at_once), THREADGROUPS // (batch * heads * blocks)))
     exact = recent is not None or sinks is not None
-    none = tables.numbers(0)
+    none = tables.nothing(queries.dtype)
     counts = [0 if x is None else x.shape[2] for x in (recent, sinks)]
     parts = splits + exact
     sums, stats = launch.launch(
@@ -63,7 +63,7 @@ def decode_attention(
         },
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
-            "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group, "G": together, "U": TOKENS_AT_ONCE,
+            "T": queries.dtype, "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group, "G": together, "U": TOKENS_AT_ONCE,
             "SG": simdgroups, "EXACT": int(exact),
         },
         (parts, heads * blocks, batch),

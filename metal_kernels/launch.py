@@ -11,7 +11,13 @@ from ..core.codebook import TOP
 from ..core.kv_format import SCALE_DENOMINATOR
 from ..core.reference import SMALLEST_RMS
 
-METAL_PRELUDE = '#define TQAI_FN inline\n#define UNROLL _Pragma("unroll")\n'
+METAL_PRELUDE = """#define TQAI_FN inline
+#define UNROLL _Pragma("unroll")
+// The value of lane `index` modulo 32.
+TQAI_FN float simd_table(float v, uint index) { return metal::simd_shuffle(v, ushort(index & 31u)); }
+"""
+# CUDA's own __device__ and __constant__ end in these words, which therefore lose their meaning last.
+CUDA_LAST = "#define device\n#define constant\n"
 
 
 def backend() -> str | None:
@@ -34,7 +40,9 @@ def _text(name: str) -> str:
 def header(kind: str) -> str:
     """What comes before every kernel."""
     facts = f"#define TOP {TOP}f\n#define SMALLEST_RMS {SMALLEST_RMS}f\n#define SCALE_DENOMINATOR {SCALE_DENOMINATOR}.0f\n"
-    return (METAL_PRELUDE if kind == "metal" else _text("cuda_prelude.cuh")) + facts + _text("common.metal")
+    if kind == "metal":
+        return METAL_PRELUDE + facts + _text("common.metal")
+    return _text("cuda_prelude.cuh") + facts + _text("common.metal") + CUDA_LAST
 
 
 @functools.lru_cache(None)
@@ -54,8 +62,11 @@ def launch(
     groups: tuple[int, int, int],
     simdgroups: int,
 ) -> list[mx.array]:
-    """Run <name>.metal on groups of `simdgroups` simdgroups; the outputs in their order. Inputs are not copied if
-    they are contiguous, so buffers are given whole, never a slice of them."""
+    """Run <name>.metal on groups of `simdgroups` simdgroups; the outputs in their order.
+
+    Inputs are not copied if they are contiguous, so buffers are given whole, never a slice of them. MLX tells CUDA
+    kernels apart by their template alone: it has to name every dtype that can differ.
+    """
     run = kernel(name, tuple(inputs), tuple(outputs), backend())
     threads = 32 * simdgroups
     return run(

@@ -4,7 +4,7 @@
 // extra [q_heads]: logits without a value, times log2(e), of which SINKS says whether they count; sizes: splits of codes
 // -> out [batch, q_heads, 1, D] of type T. D: head_dim; SG: simdgroups; EXACT: whether the last split is of exact tokens.
 
-    constexpr int CHUNKS = Shape<D>::CHUNKS, LANES = Shape<D>::LANES, GROUPS = Shape<D>::GROUPS;
+    constexpr int CHUNKS = Lanes<D>::CHUNKS, LANES = Lanes<D>::LANES, GROUPS = Lanes<D>::GROUPS;
     threadgroup float parts[SG * D];
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup, chunk = lane % LANES;
     const int splits = sizes[0], all = splits + EXACT;

@@ -3,7 +3,7 @@
 // keys, values [batch, kv_heads, tokens, D], tables (see store.py), count [1 of 8]: vectors -> slots [.., WORDS]
 // D: head_dim; BK, BV: bits; SG: simdgroups a threadgroup.
 
-    constexpr int CHUNKS = Shape<D>::CHUNKS, LANES = Shape<D>::LANES, GROUPS = Shape<D>::GROUPS;
+    constexpr int CHUNKS = Lanes<D>::CHUNKS, LANES = Lanes<D>::LANES, GROUPS = Lanes<D>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;
     const int lane = thread_index_in_simdgroup, chunk = lane % LANES;
     const int vector = (threadgroup_position_in_grid.x * SG + simdgroup_index_in_threadgroup) * GROUPS + lane / LANES;

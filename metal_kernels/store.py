@@ -11,7 +11,7 @@ SIMDGROUPS = 4
 
 
 def vectors_at_once(head_dim: int) -> int:
-    """Vectors that a simdgroup of 32 lanes works on, 16 coordinates a lane (Shape in common.metal)."""
+    """Vectors that a simdgroup of 32 lanes works on, 16 coordinates a lane (Lanes in common.metal)."""
     return 32 // (1 << (head_dim // 16 - 1).bit_length())
 
 
@@ -24,7 +24,7 @@ def store(keys: mx.array, values: mx.array, fmt: KVFormat) -> mx.array:
         "store",
         {"keys": keys, "values": values, "tables": tables.encoding(fmt), "count": tables.numbers(count)},
         {"slots": ((*keys.shape[:3], codec.slot_words(fmt)), mx.uint32)},
-        {"D": fmt.head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "SG": SIMDGROUPS},
+        {"T": keys.dtype, "D": fmt.head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "SG": SIMDGROUPS},
         (-(-count // (SIMDGROUPS * vectors_at_once(fmt.head_dim))), 1, 1),
         SIMDGROUPS,
     )

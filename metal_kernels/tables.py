@@ -61,3 +61,11 @@ def numbers(*values: int) -> mx.array:
     array = mx.array([*values, *(0 for _ in range(8 - len(values)))], mx.int32)
     mx.eval(array)
     return array
+
+
+@functools.lru_cache(None)
+def nothing(dtype: mx.Dtype) -> mx.array:
+    """An input that is not read."""
+    array = mx.zeros(8, dtype)
+    mx.eval(array)
+    return array

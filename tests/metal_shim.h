@@ -187,6 +187,9 @@ namespace metal {
 template <class T> T simd_shuffle_xor(T v, ushort mask, LINE) {
     return shim::value<T>(shim::in_simdgroup(v, "simd_shuffle_xor", line)[shim::current->index % 32 ^ mask]);
 }
+template <class T> T simd_shuffle(T v, ushort lane, LINE) {
+    return shim::value<T>(shim::in_simdgroup(v, "simd_shuffle", line)[lane]);
+}
 template <class T> T simd_sum(T v, LINE) {
     const uint64_t* all = shim::in_simdgroup(v, "simd_sum", line);
     T sum = shim::value<T>(all[0]);

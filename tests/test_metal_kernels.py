@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from golden_vectors import assert_matches, load
+from golden_vectors import assert_matches
 
 pytestmark = pytest.mark.mlx
 pytest.importorskip("mlx.core")
@@ -14,12 +14,12 @@ if shutil.which("g++") is None:
 import metal_shim
 import mlx.core as mx
 from tqai_plugins.metal_kernels import codec, launch
-from tqai_plugins.metal_kernels.decode_attention import decode_attention
+from tqai_plugins.metal_kernels.check import Case, draw, relative_error
 from tqai_plugins.metal_kernels.dequantize import dequantize
 from tqai_plugins.metal_kernels.store import store
 
 from tqai_plugins.core import reference
-from tqai_plugins.core.kv_format import SERVED_WIDTHS, KVFormat
+from tqai_plugins.core.kv_format import KVFormat
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 # Every width for keys and for values at every head_dim in turn.
@@ -31,23 +31,6 @@ name = lambda fmt: f"D{fmt.head_dim}-K{fmt.bits_k}V{fmt.bits_v}"
 def shim(monkeypatch):
     monkeypatch.setattr(launch, "launch", metal_shim.launch)
     monkeypatch.setattr(launch, "available", metal_shim.available)
-
-
-def draw(seed, *shape, dtype=mx.float16) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
-
-
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
-@pytest.mark.parametrize("bits", SERVED_WIDTHS)
-def test_store_writes_the_golden_bytes(head_dim, bits):
-    x, packed, _ = load(head_dim, bits)
-    fmt = KVFormat(bits, bits, head_dim)
-    vectors = mx.array(x)[None, None]
-    slots = np.array(store(vectors, vectors, fmt))[0, 0].view(np.uint8)
-    scales = slots[:, -4:].view(np.float16)
-    for codes, found in ((slots[:, : fmt.k_bytes], scales[:, 0]), (slots[:, fmt.k_bytes : -4], scales[:, 1])):
-        assert np.array_equal(codes, packed)
-        assert_matches(x, bits, codes, found)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name)
@@ -71,53 +54,8 @@ def test_store_writes_the_references_codes_and_dequantize_reads_them(fmt, dtype)
         assert mx.allclose(found.astype(mx.float32), plain, rtol=5e-3, atol=1e-6, equal_nan=True)
 
 
-class Case:
-    """A batch with left padding, a ring of newest tokens and first tokens, and what attention over it is."""
-
-    def __init__(self, fmt, group, lengths, window, sinks, dtype=mx.float16, seed=0, heads=2):
-        self.fmt, self.total, batch = fmt, max(lengths), len(lengths)
-        self.keys, self.values = (draw(seed + i, batch, heads, self.total, fmt.head_dim, dtype=dtype) for i in (1, 2))
-        self.queries = draw(seed + 3, batch, heads * group, 1, fmt.head_dim, dtype=dtype)
-        slots = codec.store(self.keys, self.values, fmt)
-        self.slots = mx.pad(slots, [(0, 0), (0, 0), (0, 9), (0, 0)], constant_values=0xFFFFFFFF)  # spare room is not read
-        self.padding = [self.total - n for n in lengths]
-        self.from_ = [max(p, self.total - window) for p in self.padding]
-        both = mx.concatenate([self.keys, self.values], 1)
-        count = min(window, self.total)
-        self.ring = 3 % count if count else 0
-        self.recent = mx.roll(both[:, :, self.total - count :], self.ring, 2) if window else None
-        place = mx.clip(mx.array(self.padding)[:, None] + mx.arange(sinks), 0, self.total - 1)[:, None, :, None]
-        self.sinks = mx.take_along_axis(both, place, 2) if sinks else None
-        self.window, self.sink_count, self.group = window, sinks, group
-        self.rows = mx.array([self.padding, self.from_], mx.int32)
-
-    def run(self, scale, **more) -> np.ndarray:
-        found = decode_attention(
-            self.queries, self.slots, self.total, self.fmt, self.rows, scale=scale, recent=self.recent, ring=self.ring,
-            sinks=self.sinks, **more,
-        )  # fmt: skip
-        assert found.dtype == self.queries.dtype and found.shape == self.queries.shape
-        return np.array(found.astype(mx.float32))[:, :, 0]
-
-    def expected(self, scale, first=0, extra=None) -> np.ndarray:
-        f64 = lambda x: np.array(x.astype(mx.float32), np.float64)
-        coded = [f64(codec.rotate_back(x)) for x in codec.load(self.slots[:, :, : self.total], self.fmt)]
-        out = np.zeros(self.queries.shape[:2] + (self.fmt.head_dim,))
-        for b, padding in enumerate(self.padding):
-            column = np.arange(max(padding, first), self.total)
-            exact = ((column >= self.total - self.window) | (column < padding + self.sink_count))[:, None]
-            for h in range(out.shape[1]):
-                kv = h // self.group
-                k, v = (np.where(exact, f64(x[b, kv])[column], c[b, kv][column]) for x, c in zip((self.keys, self.values), coded))
-                logits = scale * (k @ f64(self.queries[b, h, 0]))
-                sink = -np.inf if extra is None else float(extra[h])
-                weights = np.exp(logits - max(logits.max(), sink))
-                out[b, h] = weights @ v / (weights.sum() + np.exp(sink - max(logits.max(), sink)))
-        return out
-
-
 def close(found, expected, tolerance=2e-3) -> bool:
-    return np.linalg.norm(found - expected) < tolerance * np.linalg.norm(expected)
+    return relative_error(found, expected) < tolerance
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=name)
