@@ -59,17 +59,22 @@ def generated(name, inputs, outputs, template, groups, simdgroups, edit=lambda t
     return body if header.strip() in body else header + body
 
 
-def build(source: str) -> ctypes.CDLL:
-    """Compile MLX's Metal source as C++ with a loop over the grid."""
+def not_a_template(source: str) -> tuple[str, str, str]:
+    """(the kernel with its template's values as constants, its name, the values)."""
     kernel, _, instance = source.partition("\ntemplate [[host_name")
     name, values = re.search(r"decltype\((\w+)<(.*?)>\)", instance, re.DOTALL).groups()
-    # Not a template any more, or g++ would forget in which section its static variables lie.
     parameters = re.search(r"template <([^<>]*)>\n\[\[kernel\]\]", kernel)
     given = ""
     for parameter, value in zip(parameters[1].split(","), values.split(","), strict=True):
         kind, parameter = parameter.split()
         given += f"using {parameter} = {value};\n" if kind == "typename" else f"constexpr {kind} {parameter} = {value};\n"
-    kernel = kernel.replace(parameters[0], given + "[[kernel]]")
+    return kernel.replace(parameters[0], given + "[[kernel]]"), name, values
+
+
+def build(source: str) -> ctypes.CDLL:
+    """Compile MLX's Metal source as C++ with a loop over the grid."""
+    # Not a template any more, or g++ would forget in which section its static variables lie.
+    kernel, name, _ = not_a_template(source)
     signature = re.search(r"\[\[kernel\]\] void \w+\((.*?)\) \{", kernel, re.DOTALL)[1]
     arguments, buffers = [], 0
     for parameter in signature.split(",\n"):

@@ -52,6 +52,7 @@ class _Compressed(_BaseCache):
             raise ValueError(f"keys of shape {keys.shape} and values of {values.shape}; tqai needs equal head dimensions")
         fmt, dtype = self.options.format(keys.shape[3]), keys.dtype
         codec.check_served(fmt)
+        self.head_dim = fmt.head_dim
         if self.columns is None and len(self.padding) != keys.shape[0]:
             self._set_rows([0] * keys.shape[0], [0] * keys.shape[0])
         before, new = self.length, keys.shape[2]

@@ -1,0 +1,81 @@
+"""Time of one attention layer at decode: codes beside mlx-lm's own caches, on the device MLX has."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import mlx.core as mx
+from mlx_lm.models.base import quantized_scaled_dot_product_attention
+from mlx_lm.models.cache import KVCache
+
+from ..core.kv_format import KVFormat
+from ..metal_kernels import launch
+from ..metal_kernels.decode_attention import decode_attention
+from .attention import attend
+from .kv_cache import CompressedKVCache
+from .options import CacheOptions
+
+SHAPES = ((1, 8192), (1, 32768), (8, 8192))  # sequences, context
+
+
+def time_of(call: Callable[[], mx.array], calls: int = 40, repeats: int = 7) -> float:
+    """Microseconds a call: median of batches of lazily queued calls, so that little but the device is seen."""
+    mx.eval(call(), call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        mx.eval([call() for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(times)
+
+
+def measure(formats: list[str], shapes=SHAPES, q_heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Iterator[dict]:
+    """Rows of name, sequences, context, us (attention alone) and step_us (storing a token and attention).
+
+    us of codes is without exact tokens; step_us goes through the caches as they are by default.
+    Raises ValueError where MLX has no GPU.
+    """
+    if not launch.available():
+        raise ValueError("MLX has no GPU here, Metal or CUDA, to measure kernels on")
+    for sequences, context in shapes:
+        for row in _one_shape(formats, sequences, context, q_heads, kv_heads, head_dim):
+            yield {"sequences": sequences, "context": context, **row}
+
+
+def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: int, head_dim: int) -> Iterator[dict]:
+    def draw(heads: int, count: int) -> mx.array:
+        return mx.random.normal((sequences, heads, count, head_dim)).astype(mx.float16)
+
+    def step(cache, attention) -> float:
+        def call():
+            return attention(*cache.update_and_fetch(key, value))
+
+        return time_of(call, calls=20)
+
+    keys, values, query = draw(kv_heads, context), draw(kv_heads, context), draw(q_heads, 1)
+    key, value = draw(kv_heads, 1), draw(kv_heads, 1)
+    mx.eval(keys, values, query, key, value)
+    scale = head_dim**-0.5
+    sdpa = lambda k, v: mx.fast.scaled_dot_product_attention(query, k, v, scale=scale, mask=None)
+    cache = KVCache()
+    cache.update_and_fetch(keys, values)
+    yield {"name": "mx.fast SDPA float16", "us": time_of(lambda: sdpa(keys, values)), "step_us": step(cache, sdpa)}
+
+    affine = lambda k, v: quantized_scaled_dot_product_attention(query, k, v, scale=scale, mask=None, group_size=64, bits=4)
+    cache = cache.to_quantized(64, 4)
+    coded = mx.quantize(keys, 64, 4), mx.quantize(values, 64, 4)
+    mx.eval(coded)
+    yield {"name": "mlx-lm 4-bit affine", "us": time_of(lambda: affine(*coded)), "step_us": step(cache, affine)}
+
+    for fmt in (KVFormat.from_name(name, head_dim) for name in formats):
+        cache = CompressedKVCache(CacheOptions(fmt.bits_k, fmt.bits_v))
+        for start in range(0, context, 4096):
+            cache.update_and_fetch(keys[:, :, start : start + 4096], values[:, :, start : start + 4096])
+            mx.eval(cache.state)
+        slots, rows = cache.columns[0], mx.array([[0] * sequences, [context] * sequences], mx.int32)
+        us = time_of(functools.partial(decode_attention, query, slots, context, fmt, rows, scale=scale))
+        through = step(cache, lambda k, v: attend(query, k, v, scale, None))
+        yield {"name": fmt.name, "us": us, "step_us": through, "bytes": sequences * context * kv_heads * fmt.slot_bytes}
