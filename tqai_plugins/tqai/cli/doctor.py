@@ -1,56 +1,59 @@
-"""`tqai doctor --mlx`: the whole kernel grid and the speed table on this machine, as a report to paste into an issue."""
+"""`tqai doctor`: does it work on this machine, and what to do if not; exit code 1 if something would stop serving."""
 
 from __future__ import annotations
 
-import sys
+import platform
 
 
 def add_parser(subparsers):
-    from . import add_json
+    from . import _doctor_mlx, add_json
 
-    parser = subparsers.add_parser("doctor", help="check the kernels on this machine, and print a report for an issue")
-    parser.add_argument("--mlx", action="store_true", required=True, help="the Metal kernels, on an Apple or NVIDIA GPU")
-    parser.add_argument("--head-dims", help="only these, comma-separated (all)")
-    parser.add_argument("--no-speed", action="store_true", help="leave the speed table out")
+    parser = subparsers.add_parser("doctor", help="check this machine, and say what to do")
+    parser.add_argument("--markdown", action="store_true", help="a report to paste into an issue")
     add_json(parser)
+    _doctor_mlx.add_options(parser)
     return parser
 
 
 def run(args) -> int:
-    """0 if every check is within its limit, else 1."""
-    try:
-        from tqai_plugins.metal_kernels import check
-        from tqai_plugins.mlx_lm_plugin.compat import check_version
-    except ModuleNotFoundError as error:
-        raise ImportError(f"{error}; install mlx-lm with: pip install 'tqai[mlx]'") from error
-    from . import _benchmark_kernels_mlx as benchmark
-    from . import emit
+    if args.mlx:
+        from . import _doctor_mlx
 
-    check_version()
-    data = benchmark.machine()
-    if data["backend"] is None:
-        raise ValueError("MLX has no GPU here, Metal or CUDA; on a CPU tqai needs no kernels, only plain MLX operations")
-    data["checks"] = []
-    head_dims = tuple(map(int, args.head_dims.split(","))) if args.head_dims else check.HEAD_DIMS
-    for row in check.run_grid(head_dims):
-        data["checks"].append(row)
-        print("." if row["ok"] else "F", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    if not args.no_speed:
-        data |= benchmark.measure(benchmark.DEFAULT_SHAPES, "tqai_k4v2,tqai_k4v4,tqai_k3v3,tqai_k8v8")
-    emit(args, data, lambda: show(data))
-    return 0 if all(row["ok"] for row in data["checks"]) else 1
+        return _doctor_mlx.run(args)
+    from tqai import doctor
+
+    from . import emit, info
+
+    packages = info.packages()
+    findings = doctor.examine(packages, info.plugins())
+    stopped = any(finding.level == doctor.STOP for finding in findings)
+    data = {
+        "python": platform.python_version(), "platform": platform.platform(), "would_serve": not stopped,
+        "findings": [vars(finding) for finding in findings],
+    }  # fmt: skip
+    emit(args, data, lambda: show_markdown(data) if args.markdown else show(data))
+    return 1 if stopped else 0
 
 
 def show(data: dict) -> None:
-    from . import _benchmark_kernels_mlx as benchmark
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
 
-    failed = [row for row in data["checks"] if not row["ok"]]
-    print(f"tqai doctor: {data['device']}, {data['backend']}, mlx {data['mlx']}, mlx-lm {data['mlx_lm']}, {data['system']}")
-    print(f"{len(data['checks']) - len(failed)} of {len(data['checks'])} checks passed")
-    for row in failed:
-        print(f"FAILED {row['kernel']} {row['format']} head_dim {row['head_dim']}: {row['what']}: error {row['error']:.1e}, limit {row['limit']:.1e}")
-    for kernel in dict.fromkeys(row["kernel"] for row in data["checks"]):
-        print(f"{kernel}: largest error {max(row['error'] for row in data['checks'] if row['kernel'] == kernel):.1e}")
-    if "rows" in data:
-        benchmark.show(data)
+    console = Console(highlight=False)
+    table = Table("", "check", "found", box=box.SIMPLE)
+    colors = {"ok": "green", "warning": "yellow", "stop": "bold red"}
+    for finding in data["findings"]:
+        advice = f"\n-> {finding['advice']}" if finding["advice"] else ""
+        level = f"[{colors[finding['level']]}]{finding['level']}[/]"
+        table.add_row(level, finding["check"], (finding["found"] + advice).replace("[", r"\["))
+    console.print(f"Python {data['python']}, {data['platform']}")
+    console.print(table)
+    console.print("Nothing found that would stop serving." if data["would_serve"] else "Not fit to serve: see stop above.")
+
+
+def show_markdown(data: dict) -> None:
+    print(f"`tqai doctor`, Python {data['python']}, {data['platform']}\n\n| | check | found | advice |\n|---|---|---|---|")
+    for finding in data["findings"]:
+        cells = (finding["level"], finding["check"], finding["found"], finding["advice"])
+        print("| " + " | ".join(" ".join(cell.split()).replace("|", r"\|") for cell in cells) + " |")
