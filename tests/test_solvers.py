@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tqai.cli import main
 
-from tqai_plugins.core import codebook_solvers, reference
+from tqai_plugins.core import codebook, codebook_solvers, reference
 from tqai_plugins.core.codebook import TOP, Codebook, shipped, use
 from tqai_plugins.core.solve_codebook import lloyd_max_levels
 
@@ -114,7 +114,8 @@ def test_files_that_are_something_else(file, text):
         Codebook.read(file)
 
 
-def test_a_process_has_one_codebook_for_a_head_dim_and_width(file):
+def test_a_process_has_one_codebook_for_a_head_dim_and_width(file, monkeypatch):
+    monkeypatch.setattr(codebook, "_in_use", {})  # as in a fresh process, whatever other tests used
     book = Codebook.read(file)
     assert Codebook.lloyd_max(40, 2) == shipped(40, 2)
     with pytest.raises(ValueError, match="comes too late: this process already uses 'lloyd_max' for head_dim 40"):
