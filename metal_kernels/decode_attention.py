@@ -50,7 +50,8 @@ def decode_attention(
     if splits is None:
         splits = max(1, min(-(-length // at_once), THREADGROUPS // (batch * heads * blocks)))
     exact = recent is not None or sinks is not None
-    none = tables.nothing(queries.dtype)
+    dtype = next((x.dtype for x in (recent, sinks) if x is not None), queries.dtype)
+    none = tables.nothing(dtype)
     counts = [0 if x is None else x.shape[2] for x in (recent, sinks)]
     parts = splits + exact
     sums, stats = launch.launch(
@@ -63,8 +64,8 @@ def decode_attention(
         },
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
-            "T": queries.dtype, "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group, "G": together, "U": TOKENS_AT_ONCE,
-            "SG": simdgroups, "EXACT": int(exact),
+            "T": queries.dtype, "E": dtype, "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group,
+            "G": together, "U": TOKENS_AT_ONCE, "SG": simdgroups, "EXACT": int(exact),
         },
         (parts, heads * blocks, batch),
         simdgroups,

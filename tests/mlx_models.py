@@ -20,6 +20,17 @@ KINDS = {
         "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64, "rope_scaling": None,
         "layer_types": ["sliding_attention", "full_attention"], "torch_dtype": "float32",
     },
+    "afm7": {"hidden_dim": 128, "num_layers": 4, "num_kv_reuse_layers": 2, "num_heads": 2, "num_kv_heads": 1},
+    "gemma3n": {
+        "text_config": BASE | {
+            "model_type": "gemma3n_text", "vocab_size": 259, "num_hidden_layers": 5, "num_kv_shared_layers": 1,
+            "vocab_size_per_layer_input": 259, "sliding_window": 64, "rope_local_base_freq": 10000.0,
+            "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 16, "altup_num_inputs": 2,
+            "altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_active_idx": 0, "laurel_rank": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "full_attention"],
+            "activation_sparsity_pattern": [0.0] * 5,
+        }
+    },
     "phi3small": {
         "layer_norm_epsilon": 1e-5, "ff_intermediate_size": 256, "gegelu_limit": 20.0, "dense_attention_every_n_layers": 2,
         "blocksparse_block_size": 64, "blocksparse_num_local_blocks": 4, "blocksparse_vert_stride": 8,

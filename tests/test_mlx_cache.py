@@ -354,6 +354,20 @@ def test_sliding_layers_keep_the_stock_cache():
     tqai.unpatch(model)
 
 
+@pytest.mark.parametrize("kind, owners", [("afm7", [1]), ("gemma3n", [3])])
+def test_layers_without_keys_share_those_of_another(kind, owners):
+    model, _ = mlx_models.load(kind)
+    stock = logits(model, prompt(200))
+    tqai.patch(model, bits_k=8, bits_v=8)
+    assert [i for i, c in enumerate(make_prompt_cache(model)) if getattr(c, "shared", False)] == owners
+    found = logits(model, prompt(200))
+    assert 0 < np.linalg.norm(found - stock) < 0.05 * np.linalg.norm(stock)
+    cache = make_prompt_cache(model)
+    parts = [np.array(model(mx.array([prompt(200)[i : i + 50]]), cache=cache)[0], np.float32) for i in range(0, 200, 50)]
+    assert np.linalg.norm(np.concatenate(parts) - found) < 0.02 * np.linalg.norm(found)
+    tqai.unpatch(model)
+
+
 def test_merged_caches_keep_their_format(llama):
     one, other = CompressedKVCache(CacheOptions(4, 2)), CompressedKVCache(CacheOptions(4, 4))
     x = mx.random.normal((1, 2, 5, 64))
