@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from tqai_plugins.core import reference
 from tqai_plugins.core.codebook import Codebook
-from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, recent_format
 from tqai_plugins.torch_kernels import codec, paged, prefill
 
 PAGE = 16
@@ -89,39 +89,41 @@ def test_tiles_hold_every_token_once_and_no_request_without_tokens():
     assert found == lengths
 
 
-@pytest.mark.parametrize("tile_tokens", [16, 32, 1000])
-def test_a_chunk_over_cached_tokens_in_tiles_is_attention_over_all(tile_tokens):
-    """Own chunk exactly, cached tokens as codes tile by tile, merged by log-sum-exp."""
-    fmt, scale = KVFormat(4, 3, 32), 0.2
-    contexts, chunks = [40, 0, 7, 70], [3, 5, 1, 2]
-    pages, table, states = filled(fmt, [c + 1 for c in contexts])
-    starts = [0, *torch.tensor(chunks).cumsum(0).tolist()]
-    query = torch.randn(starts[-1], 4, 32)
-    own_k, own_v = torch.randn(2, starts[-1], 2, 32)
+@pytest.mark.parametrize("window", [None, 50, 200])
+def test_a_chunk_reads_itself_exactly_copies_next_and_codes_before(window):
+    """Against dense attention over what each token is read from: codes, 8-bit copies, exact keys and values."""
+    fmt, queries, length, scale = KVFormat(4, 2, 32), 6, 171, 0.2
+    pages, table, ((k, v),) = filled(fmt, [length])
+    context = length - queries
+    eight = recent_format(32)
+    recent = torch.zeros(3, 2, eight.page_layout(RECENT_PAGE_TOKENS).page_bytes, dtype=torch.uint8)
+    last = context // RECENT_PAGE_TOKENS * RECENT_PAGE_TOKENS  # the page being filled has copy 2, the one before it none
+    token = torch.arange(last, context)
+    paged.store(k[token], v[token], recent, 2 * RECENT_PAGE_TOKENS + token - last, eight, RECENT_PAGE_TOKENS)
+    query = torch.randn(queries, 4, 32)
+    got = paged.attention(
+        query, pages, table[0], length, fmt, PAGE, scale, sliding_window=window, own=(k[context:], v[context:]),
+        recent=(recent, [-1, 2]),
+    )  # fmt: skip
+    dense = [codec.rotate_back(x) for x in paged.dequantize(pages, table[0], 0, context, fmt, PAGE)]
+    copied = paged.dequantize(recent, torch.tensor([2]), 0, context - last, eight, RECENT_PAGE_TOKENS)
+    for x, copy in zip(dense, copied, strict=True):
+        x[last:] = codec.rotate_back(copy)
+    key, value = (torch.cat(pair).repeat_interleave(2, 1) for pair in zip(dense, (k[context:], v[context:]), strict=True))
+    at = torch.arange(length)
+    now = torch.arange(context, length)[:, None]
+    hidden = (at > now) | (at <= now - (window or length))
+    score = (torch.einsum("qhd,thd->hqt", query, key) * scale).masked_fill(hidden, float("-inf"))
+    expected = torch.einsum("hqt,thd->qhd", score.softmax(-1), value)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert (got - paged.attention(query, pages, table[0], length, fmt, PAGE, scale, sliding_window=window)).abs().max() > 1e-3
 
-    def dense(q, k, v, mask=None):
-        """Output and log-sum-exp of q [n, 4, d] over k, v [tokens, 2, d]."""
-        score = torch.einsum("qhd,thd->qht", q, k.repeat_interleave(2, 1)) * scale
-        if mask is not None:
-            score = score.masked_fill(mask[:, None], float("-inf"))
-        return torch.einsum("qht,thd->qhd", score.softmax(-1), v.repeat_interleave(2, 1)), score.logsumexp(-1)
 
-    def attend_tile(queries, segments, first):
-        outs = []
-        for s in segments:
-            rows = slice(starts[s.request] - starts[first], starts[s.request + 1] - starts[first])
-            outs.append(dense(queries[rows], *paged.dequantize(pages, table[s.request], s.start, s.end, fmt, PAGE)))
-        return torch.cat([o for o, _ in outs]), torch.cat([lse for _, lse in outs])
-
-    cached, cached_lse = prefill.attend_cached(codec.rotate(query), starts, contexts, tile_tokens, attend_tile)
-    for i, context in enumerate(contexts):
-        rows = slice(starts[i], starts[i + 1])
-        causal = torch.ones(chunks[i], chunks[i], dtype=torch.bool).triu(1)
-        own, lse = dense(query[rows], own_k[rows], own_v[rows], causal)
-        got, _ = prefill.merge(own, lse, codec.rotate_back(cached[rows]), cached_lse[rows])
-        k, v = (codec.rotate_back(x) for x in paged.dequantize(pages, table[i], 0, context, fmt, PAGE)) if context else (
-            torch.empty(0, 2, 32), torch.empty(0, 2, 32)
-        )  # fmt: skip
-        mask = torch.cat([torch.zeros(chunks[i], context, dtype=torch.bool), causal], 1)
-        expected, _ = dense(query[rows], torch.cat([k, own_k[rows]]), torch.cat([v, own_v[rows]]), mask)
-        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+def test_a_first_chunk_reads_nothing_but_itself():
+    fmt = KVFormat(4, 2, 32)
+    pages, table, _ = filled(fmt, [5])
+    query, (k, v) = torch.randn(5, 2, 32), torch.randn(2, 5, 2, 32)
+    got = paged.attention(query, pages, table[0], 5, fmt, PAGE, 0.2, own=(k, v), recent=(pages, [-1, -1]))
+    later = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    score = (torch.einsum("qhd,thd->hqt", query, k) * 0.2).masked_fill(later, float("-inf"))
+    torch.testing.assert_close(got, torch.einsum("hqt,thd->qhd", score.softmax(-1), v), atol=1e-4, rtol=1e-4)

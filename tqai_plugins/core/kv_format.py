@@ -131,6 +131,11 @@ def format_name(bits_k: int, bits_v: int) -> str:
     return f"tqai_k{bits_k}v{bits_v}"
 
 
+def recent_format(head_dim: int) -> KVFormat:
+    """Of the pages that hold the newest tokens a second time."""
+    return KVFormat(8, 8, head_dim)
+
+
 SERVED_NAMES = (DEFAULT_NAME, *(format_name(k, v) for k in SERVED_WIDTHS for v in SERVED_WIDTHS))
 
 

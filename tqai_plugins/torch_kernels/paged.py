@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, recent_format
 
 from . import codec
 
@@ -59,6 +59,20 @@ def dequantize(
     return dense(k, k_scales, fmt.bits_k), dense(v, v_scales, fmt.bits_v)
 
 
+def _overlay_copies(k, v, start, end, recent: torch.Tensor, copies: list[int], head_dim: int) -> None:
+    """Lay the copies of the last pages before token `end` over k and v, which hold tokens [start, end)."""
+    fmt = recent_format(head_dim)
+    first = -(-end // RECENT_PAGE_TOKENS) - len(copies)
+    for page, copy in enumerate(copies, first):
+        begin, stop = max(start, page * RECENT_PAGE_TOKENS), min(end, (page + 1) * RECENT_PAGE_TOKENS)
+        if copy < 0 or begin >= stop:
+            continue
+        offset = begin - page * RECENT_PAGE_TOKENS
+        rows = slice(begin - start, stop - start)
+        table = torch.tensor([copy])
+        k[rows], v[rows] = dequantize(recent, table, offset, offset + stop - begin, fmt, RECENT_PAGE_TOKENS)
+
+
 def attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -71,15 +85,25 @@ def attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: torch.Tensor | None = None,
+    own: tuple[torch.Tensor, torch.Tensor] | None = None,
+    recent: tuple[torch.Tensor, list[int]] | None = None,
 ) -> torch.Tensor:
-    """Causal attention of one sequence's newest tokens over its codes, their own included.
+    """Causal attention of one sequence's newest tokens over its codes.
 
     query [queries, q_heads, head_dim] are the last of `length` stored tokens; sinks [q_heads] are
-    logits without a value. Returns float32 of query's shape.
+    logits without a value. own: exact keys and values [queries, kv_heads, head_dim] of the queries'
+    tokens, read in place of their codes. recent: pages of 8-bit copies uint8 [copies, kv_heads, page_bytes]
+    and which of them are the last pages (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for none.
+    Returns float32 of query's shape.
     """
     queries, q_heads, head_dim = query.shape
     start = 0 if sliding_window is None else max(0, length - queries - sliding_window + 1)
-    k, v = dequantize(pages, block_table, start, length, fmt, page_tokens)
+    end = length if own is None else length - queries
+    k, v = dequantize(pages, block_table, start, end, fmt, page_tokens)
+    if recent is not None:
+        _overlay_copies(k, v, start, end, *recent, head_dim)
+    if own is not None:
+        k, v = (torch.cat([cached, codec.rotate(x.float())]) for cached, x in zip((k, v), own, strict=True))
     kv_heads = k.shape[1]
     q = codec.rotate(query.float()).view(queries, kv_heads, q_heads // kv_heads, head_dim)
     score = torch.einsum("qhgd,thd->hgqt", q, k) * softmax_scale
