@@ -89,15 +89,17 @@ def test_incremental_warns_that_it_saves_nothing(model):
 def test_mlx_models_go_to_the_mlx_plugin(monkeypatch):
     """Only the routing: the plugin itself is tested with MLX."""
     called = []
+    hooks = types.SimpleNamespace(install=lambda model, which: called.append(which.any), uninstall=lambda model: None)
     plugin = types.SimpleNamespace(
-        install=lambda model, **options: called.append(options), uninstall=lambda model: called.append("uninstall")
-    )
+        install=lambda model, **options: called.append(options), uninstall=lambda model: called.append("uninstall"),
+        activations=hooks,
+    )  # fmt: skip
     monkeypatch.setitem(sys.modules, "tqai_plugins.mlx_lm_plugin", plugin)
     monkeypatch.setattr("tqai_plugins.mlx_lm_plugin", plugin, raising=False)
     mlx_model = type("Model", (), {"__module__": "mlx.nn.layers.base"})()
     tqai.patch(mlx_model, bits_k=3, backend="mlx")
     tqai.unpatch(mlx_model)
-    assert called == [{"bits_k": 3}, "uninstall"]
+    assert called == [{"bits_k": 3}, False, "uninstall"]
     with pytest.raises(ValueError, match="this is an MLX model"):
         tqai.patch(mlx_model, backend="torch")
 

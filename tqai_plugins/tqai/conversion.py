@@ -11,6 +11,7 @@ from tqai_plugins.core import converted_folder
 from tqai_plugins.core.kv_format import KVFormat, parse_name
 
 from . import models
+from .configurations import head_dim_of
 
 SHARD = "4GB"
 
@@ -31,9 +32,7 @@ def convert(model: str, folder: Path, name: str, dtype=None) -> KVFormat:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as work:
         loaded, tokenizer = _load(model, dtype, Path(work))
         Cache(loaded.config, bits_k=bits_k, bits_v=bits_v)  # refuses what it cannot compress
-        text = loaded.config.get_text_config(decoder=True)
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        fmt = KVFormat(bits_k, bits_v, head_dim)
+        fmt = KVFormat(bits_k, bits_v, head_dim_of(loaded.config))
         made = Path(work) / "model"
         with models._quiet_library(), models._status(f"Writing {folder}"):
             loaded.save_pretrained(made, max_shard_size=SHARD)

@@ -1,5 +1,6 @@
 """tqai for Hugging Face transformers."""
 
+from . import activations
 from .kv_cache import Cache, CacheOptions
 
-__all__ = ["Cache", "CacheOptions"]
+__all__ = ["Cache", "CacheOptions", "activations"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..core.kv_format import DEFAULT_BITS, check_width
+from ..core.kv_format import DEFAULT_BITS, check_width, parse_name
 from .stored_states import StoredStates
 from .vector_store import Counts, Snapshot, VectorStore
 
@@ -30,6 +31,7 @@ class CacheOptions:
     backend: torch is the only one for a transformers model. device: the model's, which is the default.
     use_qjl: the paper's second stage for keys: qjl_sketch_size signs and a norm a key more, read densely.
         Off, since it was measured to make answers worse at every width (core.qjl); raise bits_k instead.
+    layer_formats: layer -> format name such as 'tqai_k8v4', for layers that get other widths than bits_k and bits_v.
     """
 
     bits_k: int = DEFAULT_BITS[0]
@@ -41,6 +43,7 @@ class CacheOptions:
     qjl_sketch_size: int = 64
     cache_strategy: str = "auto"
     residual_window: int = 128
+    layer_formats: Mapping[int, str] | None = None
 
     def __post_init__(self) -> None:
         check_width("bits_k", self.bits_k)
@@ -60,6 +63,18 @@ class CacheOptions:
             raise ValueError(message) from error
         if not isinstance(self.use_qjl, bool):
             raise ValueError(f"use_qjl is {self.use_qjl!r}; allowed are True and False")
+        if not isinstance(self.layer_formats, (Mapping, type(None))):
+            raise ValueError(f"layer_formats is {self.layer_formats!r}; expected a mapping such as {{0: 'tqai_k8v4'}}")
+        for layer, name in (self.layer_formats or {}).items():
+            _check_count("a layer of layer_formats", layer, 0)
+            parse_name(name)
+
+    def of_layer(self, layer: int) -> CacheOptions:
+        """The options for one layer of the model."""
+        if layer not in (self.layer_formats or {}):
+            return self
+        bits_k, bits_v = parse_name(self.layer_formats[layer])
+        return replace(self, bits_k=bits_k, bits_v=bits_v)
 
     @classmethod
     def of(cls, **given) -> CacheOptions:
@@ -166,7 +181,13 @@ class Cache(TransformersCache):
             raise ValueError(f"{config.model_type} is an encoder-decoder model; tqai compresses decoder-only models")
         layers = DynamicCache(config=config).layers
         # Subclasses of DynamicLayer hold more than keys and values, or drop old ones by themselves.
-        layers = [CompressedLayer(self.options, self.counts) if type(x) is DynamicLayer else x for x in layers]
+        layers = [
+            CompressedLayer(self.options.of_layer(i), self.counts) if type(layer) is DynamicLayer else layer
+            for i, layer in enumerate(layers)
+        ]
+        for i in self.options.layer_formats or ():
+            if i >= len(layers) or not isinstance(layers[i], CompressedLayer):
+                raise ValueError(f"layer_formats has layer {i}, which is no full-attention layer of this {config.model_type}")
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise ValueError(f"{config.model_type} has no full-attention layer to compress, only {kinds}")

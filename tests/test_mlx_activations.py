@@ -1,0 +1,73 @@
+"""Compressed activations on MLX models: what changes, and that nothing stays."""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.mlx
+pytest.importorskip("mlx_lm")
+
+import mlx.core as mx
+import mlx_models
+import tqai
+from mlx_lm.models.cache import make_prompt_cache
+
+from tqai_plugins.core import reference
+from tqai_plugins.core.activations import CONFIGS, group_size
+from tqai_plugins.mlx_lm_plugin import CompressedKVCache
+from tqai_plugins.mlx_lm_plugin.activations import round_trip
+
+TOKENS = np.random.default_rng(0).integers(5, 250, 200)
+
+
+def logits(model) -> np.ndarray:
+    return np.array(model(mx.array(TOKENS[None]), cache=make_prompt_cache(model))[0], np.float32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize("which", ["hidden", "ffn"])
+def test_more_bits_come_closer_and_nothing_stays(kind, which):
+    from tqai_plugins.mlx_lm_plugin import activations
+
+    model, _ = mlx_models.load(kind)
+    stock, classes = logits(model), [type(module) for _, module in model.named_modules()]
+    errors = []
+    for bits in (8, 6, 4, 2):
+        activations.install(model, activations.Activations(**{f"compress_{which}": True, f"bits_{which}": bits}))
+        errors.append(np.linalg.norm(logits(model) - stock) / np.linalg.norm(stock))
+    assert 0 < errors[0] < 0.1 and errors == sorted(errors)
+    activations.uninstall(model)
+    assert [type(module) for _, module in model.named_modules()] == classes
+    assert np.array_equal(logits(model), stock)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_composes_with_the_cache(name):
+    model, _ = mlx_models.load("llama")
+    stock = logits(model)
+    tqai.patch(model, config=name)
+    cache = make_prompt_cache(model)[0]
+    assert isinstance(cache, CompressedKVCache)
+    assert not np.array_equal(logits(model), stock)
+    tqai.unpatch(model)
+    assert np.array_equal(logits(model), stock)
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_numbers_are_those_of_the_reference(bits):
+    x = np.random.default_rng(bits).standard_normal((5, 7, 320)).astype(np.float32)
+    x[0, 0] = 0
+    groups = x.reshape(5, 7, -1, group_size(320))
+    expected = reference.dequantize(*reference.quantize(groups, bits), bits, groups.shape[-1]).reshape(x.shape)
+    found = np.array(round_trip(mx.array(x), bits))
+    # Sums in another order may choose another of two equally good scales.
+    assert np.mean(np.abs(found - expected).max(-1) < 1e-6) > 0.9
+    assert np.isclose(((found - x) ** 2).sum(), ((expected - x) ** 2).sum(), rtol=1e-3)
+
+
+def test_refused():
+    model, _ = mlx_models.load("llama")
+    with pytest.raises(ValueError, match="config is 'all9'; expected one of kv-only"):
+        tqai.patch(model, config="all9")
+    with pytest.raises(ValueError, match="bits_ffn is 1"):
+        tqai.patch(model, compress_ffn=True, bits_ffn=1)
+    tqai.unpatch(model)
