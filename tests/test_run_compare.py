@@ -42,6 +42,22 @@ def test_options_reach_the_cache(folder, capsys):
     assert data["coded_tokens"] == data["prompt_tokens"] + data["new_tokens"] - 1 - 2
 
 
+def test_named_configurations_and_qjl(folder, capsys):
+    argv = ("run", PROMPT, "--model", folder, "--max-tokens", "2")
+    data = output(capsys, *argv, "--config", "aggressive", "--use-qjl", "--qjl-sketch-size", "32")
+    for option in ("bits_k=3", "bits_v=2", "use_qjl=True", "qjl_sketch_size=32"):
+        assert option in data["cache"]
+    assert data["activations"] == {"compress_hidden": True, "bits_hidden": 6, "compress_ffn": True, "bits_ffn": 6}
+
+
+def test_compare_applies_activations_to_one_side_only(folder, capsys):
+    argv = ("compare", PROMPT, "--model", folder, "--max-tokens", "8", "--dtype", "float32")
+    widths = ("--bits-k", "8", "--bits-v", "8")
+    plain, hidden = output(capsys, *argv, *widths), output(capsys, *argv, *widths, "--compress-hidden", "--bits-hidden", "4")
+    assert plain["baseline"]["text"] == hidden["baseline"]["text"] and plain["kld"] < hidden["kld"] / 4
+    assert output(capsys, *argv, "--config", "kv+hidden6")["activations"]["bits_hidden"] == 6
+
+
 def test_compare_is_near_zero_at_8_bits_and_worse_at_1(folder, capsys):
     found = {}
     for bits in ("8", "1"):
@@ -73,7 +89,9 @@ def test_first_difference():
     [
         (("--bits-k", "9"), "bits_k is 9; allowed are the whole numbers 1 to 8"),
         (("--config", "tqai_k4v9"), "unknown KV cache format 'tqai_k4v9'"),
-        (("--config", "tqai", "--bits-k", "4"), "--config tqai already says the bits"),
+        (("--config", "tqai", "--bits-k", "4"), "config 'tqai' already says bits_k; leave out one of them"),
+        (("--config", "all9"), "config is 'all9'; expected one of kv-only, kv+hidden8"),
+        (("--compress-ffn", "--bits-ffn", "1"), "bits_ffn is 1; allowed are the whole numbers 2 to 8"),
         (("--cache-strategy", "best"), "cache_strategy is 'best'; allowed are"),
         (("--max-tokens", "0"), "--max-tokens is 0; allowed are 1 and more"),
         (("--backend", "mlx"), "backend is 'mlx'"),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from tqai_plugins.core.activations import Activations
+from tqai_plugins.transformers_plugin.activations import applied
 from tqai_plugins.transformers_plugin.kv_cache import Cache, CompressedLayer
 
 BLOCK = 64  # neighbouring tokens are alike, so standard errors come from the means of blocks of so many
@@ -47,19 +50,25 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 @torch.inference_mode()
-def teacher_forced(model, tokens: torch.Tensor, scored_from: int, caches: dict, scores: dict, chunk: int, step=None):
+def teacher_forced(
+    model, tokens: torch.Tensor, scored_from: int, caches: dict, scores: dict, chunk: int, step=None,
+    activations: dict[str, Activations] | None = None,
+):  # fmt: skip
     """Feed `tokens` [1, count] to the model once with each cache, and score the predictions from `scored_from` on.
 
     caches: name -> new cache, the reference first; scores: name -> Score, added to. The tokens before
     `scored_from` are one prompt, as in generate(); the others come `chunk` at a time.
     step, if given, is called with the number of tokens of each piece that is done.
+    activations: those that are compressed besides, by the name of the cache.
     """
     count = tokens.shape[1]
     starts = [0, *range(scored_from - 1, count - 1, chunk)]
     for start, end in zip(starts, [*starts[1:], count - 1]):
         reference = None
         for name, cache in caches.items():
-            logits = model(tokens[:, start:end], past_key_values=cache, logits_to_keep=0 if start else 1).logits[0]
+            chosen = (activations or {}).get(name)
+            with applied(model, chosen) if chosen else contextlib.nullcontext():
+                logits = model(tokens[:, start:end], past_key_values=cache, logits_to_keep=0 if start else 1).logits[0]
             if start:
                 reference = logits if reference is None else reference
                 scores[name].add(logits, reference, tokens[0, start + 1 : end + 1])

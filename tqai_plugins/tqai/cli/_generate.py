@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from tqai_plugins.core.activations import CONFIGS, Activations
 
 def add_model(parser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face id, folder, GGUF file or demo")
@@ -12,32 +13,56 @@ def add_model(parser) -> None:
 
 def add_cache_options(parser, max_tokens: int) -> None:
     """Options of the cache; those left out take the defaults of tqai.Cache."""
-    parser.add_argument("--config", metavar="NAME", help="widths by format name, such as tqai_k4v2")
+    parser.add_argument(
+        "--config", metavar="NAME",
+        help="a format such as tqai_k4v4, a preset file of recommend, a folder of convert, or " + ", ".join(CONFIGS),
+    )  # fmt: skip
     parser.add_argument("--bits-k", type=int, help="bits of a key's coordinate, 1 to 8 (4)")
     parser.add_argument("--bits-v", type=int, help="bits of a value's coordinate, 1 to 8 (2)")
     parser.add_argument("--cache-strategy", help="auto, residual, full or incremental (auto, which is residual)")
     parser.add_argument("--sink-tokens", type=int, help="first tokens kept exact (4 with residual, else 0)")
     parser.add_argument("--residual-window", type=int, help="last tokens kept exact with residual (128)")
+    parser.add_argument("--use-qjl", action="store_true", default=None, help="the paper's second stage, which makes answers worse")
+    parser.add_argument("--qjl-sketch-size", type=int, help="signs a key with --use-qjl (64)")
+    parser.add_argument("--compress-hidden", action="store_true", default=None, help="hidden states between layers, simulated")
+    parser.add_argument("--bits-hidden", type=int, help="2 to 8 (8)")
+    parser.add_argument("--compress-ffn", action="store_true", default=None, help="feed-forward activations, simulated")
+    parser.add_argument("--bits-ffn", type=int, help="2 to 8 (8)")
     parser.add_argument("--backend", help="auto or torch (auto)")
     parser.add_argument("--max-tokens", type=int, default=max_tokens, help="tokens to generate (%(default)s)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="(%(default)s)")
 
 
+OPTIONS = (
+    "bits_k", "bits_v", "cache_strategy", "sink_tokens", "residual_window", "use_qjl", "qjl_sketch_size",
+    "compress_hidden", "bits_hidden", "compress_ffn", "bits_ffn", "backend",
+)  # fmt: skip
+
+
 def cache_options(args) -> dict:
-    """The given options for tqai.Cache, checked before a model is loaded."""
-    from tqai_plugins.core.kv_format import parse_name
+    """The given options for tqai.patch, checked before a model is loaded."""
     from tqai_plugins.transformers_plugin import CacheOptions
 
     if args.max_tokens < 1:
         raise ValueError(f"--max-tokens is {args.max_tokens}; allowed are 1 and more")
-    names = ("bits_k", "bits_v", "cache_strategy", "sink_tokens", "residual_window", "backend")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.config:
-        if "bits_k" in options or "bits_v" in options:
-            raise ValueError(f"--config {args.config} already says the bits; leave out --bits-k and --bits-v")
-        options["bits_k"], options["bits_v"] = parse_name(args.config)
+    options, _ = Activations.split(_merged(args))
     CacheOptions.of(**options)
-    return options
+    return _given(args) | ({"config": args.config} if args.config else {})
+
+
+def activations_of(args) -> Activations:
+    """What the given options say about activations."""
+    return Activations.split(_merged(args))[1]
+
+
+def _given(args) -> dict:
+    return {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+
+
+def _merged(args) -> dict:
+    from tqai import configurations
+
+    return configurations.merged(args.config, _given(args))
 
 
 def load(args):

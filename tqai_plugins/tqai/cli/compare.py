@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._generate import add_cache_options, add_model, cache_options, generate, load, prompt_tokens
+from ._generate import activations_of, add_cache_options, add_model, cache_options, generate, load, prompt_tokens
 
 
 def add_parser(subparsers):
@@ -26,11 +26,11 @@ def run(args) -> int:
 
 def compare(args, prompt: str) -> dict:
     """Generate with both caches, then feed both the baseline's own text, token by token, to compare predictions."""
-    options = cache_options(args)
+    options, activations = cache_options(args), activations_of(args)
     import torch
     from rich.console import Console
     from rich.progress import Progress
-    from tqai import fidelity, patch
+    from tqai import fidelity, patch, unpatch
     from transformers import DynamicCache
 
     model, tokenizer = load(args)
@@ -47,20 +47,23 @@ def compare(args, prompt: str) -> dict:
             step = lambda tokens, task=task: progress.advance(task)
             answers[name] = generate(model, tokenizer, ids, new_cache(), args.max_tokens, step)
             progress.update(task, total=len(answers[name].tokens) + 1)
+        caches = {name: new_cache() for name, new_cache in new_caches.items()}
+        unpatch(model)  # the hooks on activations: from here on they are for one of the two
         own = torch.tensor([answers["baseline"].tokens], device=ids.device)
         forced = torch.cat([ids, own], 1)
         task = progress.add_task("Comparing predictions", total=forced.shape[1] - 1)
-        caches = {name: new_cache() for name, new_cache in new_caches.items()}
         scores = {name: fidelity.Score() for name in caches}
         fidelity.teacher_forced(
-            model, forced, ids.shape[1], caches, scores, 1, lambda count: progress.advance(task, count)
-        )
+            model, forced, ids.shape[1], caches, scores, 1, lambda count: progress.advance(task, count),
+            {"tqai": activations},
+        )  # fmt: skip
     summary = scores["tqai"].summary()
     stored = {name: fidelity.cache_bytes(cache) for name, cache in caches.items()}
     cache = caches["tqai"]
     first, second = (answer.tokens for answer in answers.values())
     return {
-        "model": args.model, "dtype": args.dtype, "cache": repr(cache), "prompt_tokens": ids.shape[1],
+        "model": args.model, "dtype": args.dtype, "cache": repr(cache), "activations": vars(activations),
+        "prompt_tokens": ids.shape[1],
         "first_differing_token": first_difference(first, second),
         "cached_tokens": forced.shape[1] - 1, "coded_tokens": fidelity.coded_tokens(cache),
         "vectors_quantized": cache.vectors_quantized, "vectors_dequantized": cache.vectors_dequantized,
@@ -107,5 +110,7 @@ def show(data: dict) -> None:
     console = Console()
     console.print(answers)
     console.print(numbers)
+    if any(data["activations"][name] for name in ("compress_hidden", "compress_ffn")):
+        console.print("Activations were quantized and dequantized: it costs time and saves no memory.")
     if not data["coded_tokens"]:
         console.print("The text fits into the exact window, so nothing was compressed: use a longer prompt or --max-tokens")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._generate import add_cache_options, add_model, cache_options, generate, load, prompt_tokens
+from ._generate import activations_of, add_cache_options, add_model, cache_options, generate, load, prompt_tokens
 
 
 def add_parser(subparsers):
@@ -37,6 +37,7 @@ def run(args) -> int:
         "prompt_seconds": done.prompt_seconds, "seconds": done.seconds, "tokens_per_second": done.tokens_per_second,
         "cache": repr(cache) if not args.no_tqai else "uncompressed", "cache_bytes": fidelity.cache_bytes(cache),
         "coded_tokens": 0 if args.no_tqai else fidelity.coded_tokens(cache),
+        "activations": None if args.no_tqai else vars(activations_of(args)),
     }  # fmt: skip
 
     def show():
