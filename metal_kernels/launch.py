@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from importlib.resources import files
 
 import mlx.core as mx
@@ -47,11 +48,12 @@ def header(kind: str) -> str:
 
 @functools.lru_cache(None)
 def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], kind: str):
-    make = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel
+    make, source = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel, _text(f"{name}.metal")
+    # MLX keeps compiled CUDA kernels on disk by their names: another text needs another name.
+    digest = hashlib.sha256((header(kind) + source).encode()).hexdigest()[:8]
     return make(
-        name=f"tqai_{name}", input_names=list(inputs), output_names=list(outputs), source=_text(f"{name}.metal"),
-        header=header(kind),
-    )  # fmt: skip
+        name=f"tqai_{name}_{digest}", input_names=list(inputs), output_names=list(outputs), source=source, header=header(kind)
+    )
 
 
 def launch(

@@ -12,7 +12,7 @@ def run(args) -> int:
     """args: shapes, formats, q_heads, kv_heads, head_dim and json, as benchmark_kernels has them."""
     from . import emit
 
-    data = measure(args.shapes, args.formats, args.q_heads, args.kv_heads, args.head_dim)
+    data = measure(args.shapes or DEFAULT_SHAPES, args.formats, args.q_heads, args.kv_heads, args.head_dim)
     emit(args, data, lambda: show(data))
     return 0
 
