@@ -14,9 +14,13 @@ def register() -> None:
     if _registered:
         return
     _registered = True
-    from . import compat
+    from . import compat, metrics, start_checks
 
-    compat.check_version()
+    reason = compat.why_unsupported()
+    compat.check_at_start(start_checks.name_check(reason), start_checks.check)
+    if reason:
+        return
     compat.register_dtypes()
     compat.register_backend()
     compat.register_folders()
+    metrics.show()

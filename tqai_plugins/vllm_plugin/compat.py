@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import os
 import sys
+from collections.abc import Callable
 from typing import get_args
 
 from tqai_plugins.core import converted_folder
@@ -13,20 +16,52 @@ OLDEST, NEWEST = (0, 26), (0, 33)
 OVERRIDE = "TQAI_VLLM_ANY_VERSION"
 
 
-def check_version() -> None:
-    """RuntimeError for a vLLM that this plugin was not written for."""
+def why_unsupported() -> str | None:
+    """Why this vLLM is not served, None if it is."""
     import vllm
 
     try:
         found = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
     except ValueError:
-        found = None
-    if found is None or not OLDEST <= found <= NEWEST:
-        if os.environ.get(OVERRIDE) != "1":
-            raise RuntimeError(
-                f"tqai supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, this is {vllm.__version__}; "
-                f"install a supported release, uninstall tqai, or set {OVERRIDE}=1 to try"
-            )
+        found = (0, 0)
+    if OLDEST <= found <= NEWEST or os.environ.get(OVERRIDE) == "1":
+        return None
+    return (
+        f"tqai supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, this is {vllm.__version__}; "
+        f"install a supported release, use another KV cache dtype, or set {OVERRIDE}=1 to try"
+    )
+
+
+def check_at_start(check_name: Callable[[str], str], check_config: Callable) -> None:
+    """0.26 on: have both called where arguments are read and where a configuration is made, before any weight
+    is loaded. check_name takes and returns what was given for the cache dtype; both raise ValueError."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    stock_arguments, stock_config = EngineArgs.add_cli_args, EngineArgs.create_engine_config
+
+    def argument(text: str) -> str:
+        try:
+            return check_name(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    def add_cli_args(parser):
+        parser = stock_arguments(parser)
+        for action in parser._actions:
+            if "--kv-cache-dtype" in action.option_strings:
+                action.type = argument
+        return parser
+
+    @functools.wraps(stock_config)
+    def create_engine_config(self, *args, **kwargs):
+        check_name(self.kv_cache_dtype)
+        config = stock_config(self, *args, **kwargs)
+        if is_tqai(config.cache_config.cache_dtype):
+            check_config(config)
+        return config
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+    EngineArgs.create_engine_config = create_engine_config
 
 
 def register_dtypes() -> None:
@@ -126,6 +161,13 @@ def register_folders() -> None:
 
     resolve_kv_cache_dtype_string.without_tqai = stock
     arguments.resolve_kv_cache_dtype_string = resolve_kv_cache_dtype_string
+
+
+def check_layer(name: str, attn_type: str, alibi_slopes) -> None:
+    """ValueError for an attention layer that no backend of ours serves; start_checks refuses most models before."""
+    if attn_type != "decoder" or alibi_slopes is not None:
+        what = "ALiBi" if alibi_slopes is not None else f"{attn_type} attention"
+        raise ValueError(f"--kv-cache-dtype {name} does not serve models with {what}; use --kv-cache-dtype auto")
 
 
 # The dtype of this process' tqai layers, for hooks that vLLM calls without a config at hand.

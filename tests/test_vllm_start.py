@@ -1,0 +1,117 @@
+"""What `--kv-cache-dtype tqai` refuses before any weight is loaded, each in one sentence, and that other dtypes still work."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
+from vllm.plugins import load_general_plugins  # noqa: E402
+from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+
+from tqai_plugins.vllm_plugin import compat  # noqa: E402
+
+load_general_plugins()
+SIZES = {
+    "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "max_position_embeddings": 2048, "torch_dtype": "bfloat16",
+}  # fmt: skip
+LLAMA = SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 2, "head_dim": 128}
+MLA = SIZES | {
+    "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": 64, "q_lora_rank": None,
+    "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128, "first_k_dense_replace": 2,
+}  # fmt: skip
+BLOOM = {
+    "architectures": ["BloomForCausalLM"], "model_type": "bloom", "vocab_size": 320, "hidden_size": 256, "n_layer": 2,
+    "n_head": 4, "torch_dtype": "bfloat16",
+}  # fmt: skip
+BERT = SIZES | {"architectures": ["BertModel"], "model_type": "bert"}
+WHISPER = {
+    "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", "d_model": 64, "vocab_size": 320,
+    "is_encoder_decoder": True, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def configured(tmp_path, config: dict, **options):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = {"skip_tokenizer_init": True, "enforce_eager": True, "kv_cache_dtype": "tqai", **options}
+    return EngineArgs(model=str(tmp_path), **arguments).create_engine_config()
+
+
+def parsed(name: str) -> str:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return parser.parse_args(["--model", "m", "--kv-cache-dtype", name]).kv_cache_dtype
+
+
+@pytest.mark.parametrize("name", ["tqai", "tqai_k8v4", "tqai_k3v3", "auto", "fp8", "turboquant_4bit_nc"])
+def test_names_that_are_served(name):
+    assert parsed(name) == name
+
+
+@pytest.mark.parametrize(
+    "name, near", [("tqai_k9v2", "tqai_k"), ("tqai-k4v4", "tqai_k4v4"), ("tqai_k4v5", "tqai_k4v"), ("TQAI_K3V3", "tqai_k3v3")]
+)
+def test_unknown_names_stop_with_the_nearest(tmp_path, capsys, name, near):
+    with pytest.raises(SystemExit):
+        parsed(name)
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"unknown KV cache dtype {name!r}; tqai serves" in message and f"e.g. '{near}" in message
+    with pytest.raises(ValueError, match=f"unknown KV cache dtype {name!r}.*e.g. '{near}"):
+        configured(tmp_path, LLAMA, kv_cache_dtype=name)
+
+
+@pytest.mark.parametrize(
+    "config, what",
+    [(MLA, "multi-head latent attention"), (BLOOM, "ALiBi"), (BERT, "encoder-only"), (WHISPER, "cross attention")],
+    ids=["mla", "alibi", "encoder-only", "cross-attention"],
+)
+def test_models_that_are_refused(tmp_path, config, what):
+    with pytest.raises(ValueError, match=f"--kv-cache-dtype tqai does not serve models with .*{what}.*; use"):
+        configured(tmp_path, config)
+
+
+@pytest.mark.parametrize("value", [2, -0.1, "much", True])
+def test_a_bad_share_for_copies_stops(tmp_path, value):
+    with pytest.raises(ValueError, match=f"recent_memory is {value!r}; allowed is a fraction"):
+        configured(tmp_path, LLAMA, additional_config={"tqai": {"recent_memory": value}})
+    with pytest.raises(ValueError, match="recent_memori"):
+        configured(tmp_path, LLAMA, additional_config={"tqai": {"recent_memori": 0.02}})
+
+
+def test_a_version_outside_the_range_is_refused_unless_overridden(monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.40.1")
+    assert "set TQAI_VLLM_ANY_VERSION=1 to try" in compat.why_unsupported()
+    monkeypatch.setenv("TQAI_VLLM_ANY_VERSION", "1")
+    assert compat.why_unsupported() is None
+
+
+IN_A_NEW_PROCESS = """
+import sys, vllm
+vllm.__version__ = sys.argv[1]
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+for name in ("fp8", "tqai"):
+    print(parser.parse_args(["--model", "m", "--kv-cache-dtype", name]).kv_cache_dtype)
+"""
+
+
+@pytest.mark.parametrize(
+    "version, plugins, said",
+    [
+        ("0.40.1", "tqai", "tqai supports vLLM 0.26 to 0.33, this is 0.40.1; "),
+        ("0.32.0", "another", "invalid choice: 'tqai'"),  # none of our code runs; `tqai doctor` explains it
+    ],
+    ids=["unsupported", "left-out"],
+)
+def test_without_the_dtype_others_work_and_tqai_is_one_sentence(version, plugins, said):
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, version]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"VLLM_PLUGINS": plugins}, check=False)
+    assert done.returncode == 2 and done.stdout.split()[-1:] == ["fp8"] and said in done.stderr.splitlines()[-1]
