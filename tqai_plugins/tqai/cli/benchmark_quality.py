@@ -22,11 +22,16 @@ def add_parser(subparsers):
     parser = subparsers.add_parser(
         "quality", help="perplexity, KL divergence and top-1 agreement against the uncompressed model"
     )
+    parser.add_argument(
+        "--runtime", default="transformers", choices=("transformers", "vllm"),
+        help="whose cache: transformers' (transformers), or that of `vllm serve`, which this starts for each format",
+    )  # fmt: skip
     parser.add_argument("--model", default="demo", help="Hugging Face id, folder, GGUF file or demo (demo)")
     parser.add_argument("--text", type=Path, help="text to read (a built-in one, long enough for --context 512)")
     parser.add_argument(
-        "--formats", default=DEFAULT_FORMATS,
-        help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own (%(default)s)",
+        "--formats",
+        help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own "
+        f"({DEFAULT_FORMATS}); for vllm a KV cache dtype with an optional :recent_memory",
     )  # fmt: skip
     parser.add_argument("--strategy", default="residual", choices=("residual", "full", "incremental"))
     parser.add_argument("--sink-tokens", type=int, help="4 with residual, else 0")
@@ -37,6 +42,10 @@ def add_parser(subparsers):
     parser.add_argument("--chunk", type=int, default=32, help="scored tokens are read so many at a time (32)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of KL divergence against bits")
+    parser.add_argument(
+        "--top-logprobs", type=int, default=1024, help="vllm: most probable tokens that are compared (%(default)s)"
+    )
+    parser.add_argument("--server-args", default="", help="vllm: more arguments of `vllm serve`, as one string")
     add_json(parser)
     return parser
 
@@ -67,6 +76,10 @@ class Entry:
 
 
 def run(args) -> int:
+    if args.runtime == "vllm":
+        from . import _benchmark_quality_vllm
+
+        return _benchmark_quality_vllm.run(args)
     import torch
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
@@ -76,7 +89,7 @@ def run(args) -> int:
 
     from . import emit
 
-    entries = [Entry.parse(text, args) for text in args.formats.split(",")]
+    entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS).split(",")]
     for entry in entries:
         CacheOptions.of(**entry.options)  # refuse before the model is loaded
     context = args.context or (2048 if args.text else 512)
@@ -161,8 +174,9 @@ def split_windows(tokens, context: int, windows: int):
     return torch.stack([tokens[i * stride : i * stride + context] for i in range(windows)])
 
 
-def machine() -> dict:
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+def machine(*packages: str) -> dict:
+    """This machine, and the versions of some packages (torch and transformers)."""
+    versions = {name: importlib.metadata.version(name) for name in packages or ("torch", "transformers")}
     return {
         "cpu_cores": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"), **versions,

@@ -1,0 +1,258 @@
+"""`tqai benchmark quality --runtime vllm`: one `vllm serve` after another, asked through its own HTTP API.
+
+Two ways to read a window, both scored on its second half: as one prompt, whose chunks of --chunk tokens attend to
+codes of what came before (prompt log-probabilities), and as a forced continuation, decoded token by token.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from .benchmark_quality import REFERENCE, machine, read_text, split_windows
+
+DEFAULT_FORMATS = "fp8,k8v8,k4v4,k4v4:0,k4v2,k4v2:0,k3v3"
+WAYS = {"prompt": "as a prompt in chunks", "continuation": "as a forced continuation"}
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One server: its cache dtype, and the share of its memory for 8-bit copies of recent pages (None: the default)."""
+
+    name: str
+    dtype: str
+    recent_memory: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Entry:
+        from tqai_plugins.vllm_plugin.start_checks import name_check
+
+        found = re.fullmatch(r"((?:tqai_)?(k\dv\d)|[a-z0-9_]+?)(?::([0-9.]+))?", text)
+        if not found:
+            raise ValueError(f"--formats has {text!r}; expected a KV cache dtype such as fp8, k4v2 or, without 8-bit copies, k4v2:0")
+        dtype = f"tqai_{found[2]}" if found[2] else found[1]
+        return cls(text, name_check(None)(dtype), float(found[3]) if found[3] else None)
+
+    @property
+    def options(self) -> list[str]:
+        extra = [] if self.recent_memory is None else ["--additional-config", json.dumps({"tqai": {"recent_memory": self.recent_memory}})]
+        return ["--kv-cache-dtype", self.dtype, *extra]
+
+
+def run(args) -> int:
+    from tqai import fidelity, models
+    from transformers import AutoTokenizer
+
+    from . import emit
+
+    context, windows = args.context or (2048 if args.text else 512), args.windows or (4 if args.text else 2)
+    entries = [Entry(REFERENCE, "auto"), *map(Entry.parse, (args.formats or DEFAULT_FORMATS).split(","))]
+    folder, extra = models._locate(args.model)
+    if extra:
+        raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {args.model} is a GGUF file")
+    ids = AutoTokenizer.from_pretrained(folder)(read_text(args.text), return_tensors="pt").input_ids[0]
+    tokens = split_windows(ids, context, windows).tolist()
+    head = {
+        "model": args.model, "text": args.text.name if args.text else "built-in", "runtime": "vllm", "context": context,
+        "chunk": args.chunk, "dtype": args.dtype, "windows": windows, "top_logprobs": args.top_logprobs,
+        "machine": machine("torch", "vllm"),
+    }  # fmt: skip
+    reference, rows, start = {}, [], time.perf_counter()
+    for entry in entries:
+        row = {"name": entry.name, "dtype": entry.dtype, **_stored(entry.dtype, folder)}
+        try:
+            with Server(folder, args, context, entry.options) as server:
+                for way in WAYS:
+                    score = fidelity.Score()
+                    for i, window in enumerate(tokens):
+                        found = server.predictions(way, window, context // 2, args.top_logprobs)
+                        expected = reference.setdefault((way, i), found)
+                        for target, mine, theirs in zip(window[context // 2 :], found, expected):
+                            _add(score, target, mine, theirs)
+                    row[way] = score.summary()
+                row |= server.counts()
+        except OSError as error:
+            row["why"] = str(error)
+        rows.append(row)
+        data = head | {"seconds": time.perf_counter() - start, "rows": rows}
+        if args.json not in (None, "-"):  # what is stopped keeps the servers that are done
+            Path(args.json).write_text(json.dumps(data, indent=1))
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if entry.name == REFERENCE and "why" in row:
+            raise OSError(f"the uncompressed server did not answer: {row['why']}")
+    emit(args, data, lambda: show(data))
+    if args.plot:
+        plot(data, args.plot)
+    return 1 if any("why" in row for row in rows if row["dtype"].startswith("tqai")) else 0
+
+
+def _stored(dtype: str, folder: str) -> dict:
+    """Bits an element, of codes and scales."""
+    from tqai_plugins.core.kv_format import KVFormat, is_tqai
+    from transformers import AutoConfig
+
+    if not is_tqai(dtype):
+        return {"bits": 8.0 if dtype.startswith("fp8") else 16.0}
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return {"bits": KVFormat.from_name(dtype, head_dim).bits_per_element}
+
+
+def _add(score, target: int, found: dict[int, float], expected: dict[int, float]) -> None:
+    """One predicted token; what either server did not name is one more outcome, so that the divergence is a lower
+    bound (with 1,024 of SmolLM2's 49,152 tokens some 4 % low, with 256 some 11 %)."""
+    import math
+
+    both = found.keys() & expected.keys()
+    rest = [max(1 - sum(math.exp(x[token]) for token in both), 1e-12) for x in (expected, found)]
+    divergence = sum(math.exp(expected[token]) * (expected[token] - found[token]) for token in both)
+    score.kld.append(divergence + rest[0] * math.log(rest[0] / rest[1]))
+    score.nll.append(-found[target])
+    score.same.append(float(max(found, key=found.get) == max(expected, key=expected.get)))
+
+
+class Server:
+    """A `vllm serve` of its own, stopped when the block ends; OSError with the end of its log if it does not start."""
+
+    def __init__(self, model: str, args, context: int, options: list[str]):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = tempfile.NamedTemporaryFile("w+", prefix="tqai-vllm-", suffix=".log", delete=False)
+        self.command = [
+            str(Path(sys.executable).with_name("vllm")), "serve", model, "--host", "127.0.0.1", "--port", str(self.port),
+            "--served-model-name", "model", "--skip-tokenizer-init", "--dtype", args.dtype, "--max-model-len", str(context + 1),
+            "--max-num-seqs", "1", "--max-num-batched-tokens", str(args.chunk), "--max-logprobs", str(args.top_logprobs),
+            "--no-enable-prefix-caching", "--enforce-eager", "--kv-cache-memory-bytes", str(CACHE_BYTES),
+            "--logits-processors", "tqai_plugins.vllm_plugin.forced_tokens:ForcedTokens", *options, *shlex.split(args.server_args),
+        ]  # fmt: skip
+
+    def __enter__(self) -> Server:
+        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        self.process = subprocess.Popen(
+            self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+        while True:
+            try:
+                self._get("/health")
+                return self
+            except OSError:
+                if self.process.poll() is not None:
+                    raise OSError(f"vllm serve ended with code {self.process.returncode}: {self._reason()}") from None
+                time.sleep(1)
+
+    def __exit__(self, *_) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+    def _reason(self) -> str:
+        lines = Path(self.log.name).read_text().splitlines()
+        errors = [line for line in lines if re.search(r"\w*(Error|error): ", line)]
+        return f"{(errors or lines or ['no log'])[-1].strip()} (log: {self.log.name})"
+
+    def _get(self, path: str) -> bytes:
+        return urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10).read()
+
+    def _complete(self, **body) -> dict:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions", json.dumps({"model": "model", "temperature": 0, **body}).encode(),
+            {"Content-Type": "application/json"},
+        )  # fmt: skip
+        try:
+            return json.loads(urllib.request.urlopen(request).read())["choices"][0]
+        except urllib.error.HTTPError as error:
+            raise OSError(f"vllm answered {error.code}: {error.read().decode()[:300]}") from error
+
+    def predictions(self, way: str, window: list[int], scored_from: int, number: int) -> list[dict[int, float]]:
+        """Log-probabilities of the likeliest tokens and of the true one, for each token from scored_from on."""
+        if way == "prompt":
+            answer = self._complete(prompt=window, max_tokens=1, prompt_logprobs=number)
+            return [{int(t): x["logprob"] for t, x in found.items()} for found in answer["prompt_logprobs"][scored_from:]]
+        forced = window[scored_from:]
+        answer = self._complete(
+            prompt=window[:scored_from], max_tokens=len(forced), logprobs=number, ignore_eos=True,
+            return_tokens_as_token_ids=True, vllm_xargs={"tqai_forced": ",".join(map(str, forced))},
+        )  # fmt: skip
+        found = [
+            {int(t.removeprefix("token_id:")): x for t, x in top.items()} for top in answer["logprobs"]["top_logprobs"]
+        ]
+        if len(found) != len(forced) or any(token not in top for token, top in zip(forced, found)):
+            raise OSError("vllm did not write the tokens it was given; does this version load --logits-processors?")
+        return found
+
+    def counts(self) -> dict:
+        """What the server says of its cache: tokens that fit, vectors quantized, share of recent pages read from copies."""
+        text = self._get("/metrics").decode()
+        number = lambda name: sum(float(x) for x in re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M))
+        counts = {"vectors_quantized": int(number("tqai_vectors_quantized_total")), "tokens_read": int(number("tqai_tokens_read_total"))}
+        size = re.search(r'kv_cache_size_tokens="(\d+)"', text)
+        if size:
+            counts["kv_tokens"] = int(size[1])
+        wanted = number("tqai_recent_pages_read_total")
+        if wanted:
+            counts["recent_from_copies"] = 1 - number("tqai_fallbacks_total") / wanted
+        return counts
+
+
+def show(data: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"vLLM {data['machine'].get('vllm')}, {data['model']}: {data['windows']} windows of {data['context']} tokens")
+    heads = ["cache", "bits", "tokens that fit", *(f"{words}: KL divergence (top-1)" for words in WAYS.values()), "recent from copies"]
+    for name in heads:
+        table.add_column(name)
+    for row in data["rows"]:
+        if "why" in row:
+            table.add_row(row["name"], f"{row['bits']:.2f}", "", row["why"])
+            continue
+        scores = [f"{row[way]['kld']:.5f} ± {row[way]['kld_error']:.5f} ({row[way]['top1_agreement']:.1%})" for way in WAYS]
+        share = f"{row['recent_from_copies']:.1%}" if "recent_from_copies" in row else "-"
+        table.add_row(row["name"], f"{row['bits']:.2f}", f"{row.get('kv_tokens', 0):,}", *scores, share)
+    Console(width=160).print(table)
+
+
+def plot(data: dict, path: str) -> None:
+    """KL divergence against bits, one colour for each way of reading."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    rows = [row for row in data["rows"][1:] if "why" not in row]
+    for way, words in WAYS.items():
+        line = axes.errorbar(
+            [row["bits"] for row in rows], [row[way]["kld"] for row in rows], yerr=[row[way]["kld_error"] for row in rows],
+            fmt="o", capsize=3, label=words,
+        )  # fmt: skip
+        for row in rows:
+            at = {"textcoords": "offset points", "xytext": (6, 3), "fontsize": 8, "color": line[0].get_color()}
+            axes.annotate(row["name"], (row["bits"], row[way]["kld"]), **at)
+    axes.set(
+        xlabel="stored bits an element", ylabel="mean KL divergence, nats", yscale="log",
+        title=f"vLLM {data['machine'].get('vllm')}, {data['model']}, {data['windows']} windows of {data['context']} tokens",
+    )  # fmt: skip
+    axes.margins(x=0.1)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
