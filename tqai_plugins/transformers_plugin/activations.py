@@ -30,7 +30,9 @@ def install(model: nn.Module, activations: Activations) -> None:
     if activations.compress_hidden:
         hooks += [(layer, "hidden_states", activations.bits_hidden) for layer in layers[1:]]
     if activations.compress_ffn:
-        hooks += [(found, "input", activations.bits_ffn) for layer in layers for found in _last_projections(model, layer)]
+        hooks += [
+            (found, "input", activations.bits_ffn) for layer in layers for found in _last_projections(model, layer)
+        ]
     _handles[model] = [
         module.register_forward_pre_hook(_Compress(name, bits), with_kwargs=True) for module, name, bits in hooks
     ]
@@ -78,7 +80,9 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     for module in root.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
-    raise ValueError(f"{model.config.model_type} has no list of its {count} decoder layers; its activations cannot be compressed")
+    raise ValueError(
+        f"{model.config.model_type} has no list of its {count} decoder layers; its activations cannot be compressed"
+    )
 
 
 def _last_projections(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
@@ -89,7 +93,7 @@ def _last_projections(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
     ]  # fmt: skip
     if stacked or not found:
         raise ValueError(
-            f"compress_ffn does not work with {model.config.model_type}: its feed-forward blocks have no modules called "
-            f"{', '.join(LAST_PROJECTIONS)}; leave it out"
+            f"compress_ffn does not work with {model.config.model_type}: its feed-forward blocks have no modules "
+            f"called {', '.join(LAST_PROJECTIONS)}; leave it out"
         )
     return found

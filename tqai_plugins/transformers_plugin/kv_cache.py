@@ -120,7 +120,8 @@ class CompressedLayer(DynamicLayer):
         self.stores = tuple(
             VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size)
             for states, bits, size in (
-                (key_states, self.options.bits_k, sketch_size), (value_states, self.options.bits_v, 0)
+                (key_states, self.options.bits_k, sketch_size),
+                (value_states, self.options.bits_v, 0),
             )  # fmt: skip
         )
         self.is_initialized = True
@@ -187,7 +188,9 @@ class Cache(TransformersCache):
         ]
         for i in self.options.layer_formats or ():
             if i >= len(layers) or not isinstance(layers[i], CompressedLayer):
-                raise ValueError(f"layer_formats has layer {i}, which is no full-attention layer of this {config.model_type}")
+                raise ValueError(
+                    f"layer_formats has layer {i}, which is no full-attention layer of this {config.model_type}"
+                )
         if not any(isinstance(layer, CompressedLayer) for layer in layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in layers}))
             raise ValueError(f"{config.model_type} has no full-attention layer to compress, only {kinds}")

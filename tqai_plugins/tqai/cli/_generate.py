@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from tqai_plugins.core.activations import CONFIGS, Activations
 
+
 def add_model(parser) -> None:
     parser.add_argument("--model", required=True, help="Hugging Face id, folder, GGUF file or demo")
 
@@ -22,9 +23,13 @@ def add_cache_options(parser, max_tokens: int) -> None:
     parser.add_argument("--cache-strategy", help="auto, residual, full or incremental (auto, which is residual)")
     parser.add_argument("--sink-tokens", type=int, help="first tokens kept exact (4 with residual, else 0)")
     parser.add_argument("--residual-window", type=int, help="last tokens kept exact with residual (128)")
-    parser.add_argument("--use-qjl", action="store_true", default=None, help="the paper's second stage, which makes answers worse")
+    parser.add_argument(
+        "--use-qjl", action="store_true", default=None, help="the paper's second stage, which makes answers worse"
+    )
     parser.add_argument("--qjl-sketch-size", type=int, help="signs a key with --use-qjl (64)")
-    parser.add_argument("--compress-hidden", action="store_true", default=None, help="hidden states between layers, simulated")
+    parser.add_argument(
+        "--compress-hidden", action="store_true", default=None, help="hidden states between layers, simulated"
+    )
     parser.add_argument("--bits-hidden", type=int, help="2 to 8 (8)")
     parser.add_argument("--compress-ffn", action="store_true", default=None, help="feed-forward activations, simulated")
     parser.add_argument("--bits-ffn", type=int, help="2 to 8 (8)")

@@ -1,6 +1,6 @@
 """`tqai benchmark forward`: the named configurations of cache and activations, their fidelity and speed.
 
-Compressed activations are simulated: they are quantized and dequantized on their way, which costs time and saves no memory.
+Compressed activations are simulated: quantized and dequantized on their way, which costs time and saves no memory.
 """
 
 from __future__ import annotations
@@ -45,7 +45,11 @@ def run(args) -> int:
     for name in names:
         if name not in CONFIGS:
             raise ValueError(f"--configs has {name!r}; known are {', '.join(CONFIGS)}")
-    for name, value, lowest in (("--context", args.context, 4), ("--windows", args.windows, 1), ("--tokens", args.tokens, 2)):
+    for name, value, lowest in (
+        ("--context", args.context, 4),
+        ("--windows", args.windows, 1),
+        ("--tokens", args.tokens, 2),
+    ):
         if value < lowest:
             raise ValueError(f"{name} is {value}; allowed are {lowest} and more")
     text = benchmark_quality.read_text(args.text)
@@ -121,7 +125,8 @@ def show(data: dict) -> None:
     from rich.table import Table
 
     table = Table(
-        "configuration", "perplexity", "change", "KL divergence", "top-1", "same tokens", "tokens/s", "cache MB", box=box.SIMPLE,
+        "configuration", "perplexity", "change", "KL divergence", "top-1", "same tokens", "tokens/s", "cache MB",
+        box=box.SIMPLE,
         title=f"{data['model']}: {data['windows']} windows of {data['context']} tokens, {data['generated']} generated",
     )  # fmt: skip
     base = data["rows"][0]["perplexity"]
@@ -133,7 +138,9 @@ def show(data: dict) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
-    console.print("Activations (hidden, ffn) are quantized and dequantized on their way: it costs time and saves no memory.")
+    console.print(
+        "Activations (hidden, ffn) are quantized and dequantized on their way: it costs time and saves no memory."
+    )
 
 
 def plot(data: dict, path: str) -> None:
@@ -145,7 +152,9 @@ def plot(data: dict, path: str) -> None:
     rows = data["rows"]
     names = [row["name"] for row in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    bars = left.barh(names[1:], [row["kld"] for row in rows[1:]], xerr=[row["kld_error"] for row in rows[1:]], color="tab:blue")
+    bars = left.barh(
+        names[1:], [row["kld"] for row in rows[1:]], xerr=[row["kld_error"] for row in rows[1:]], color="tab:blue"
+    )
     left.bar_label(bars, [f"{row['kld']:.4f}" for row in rows[1:]], padding=4, fontsize=8)
     left.set(xlabel="mean KL divergence, nats", xlim=(0, 1.3 * max(row["kld"] for row in rows)))
     colors = ["tab:gray"] + ["tab:blue"] * (len(rows) - 1)

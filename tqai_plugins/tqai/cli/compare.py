@@ -113,4 +113,6 @@ def show(data: dict) -> None:
     if any(data["activations"][name] for name in ("compress_hidden", "compress_ffn")):
         console.print("Activations were quantized and dequantized: it costs time and saves no memory.")
     if not data["coded_tokens"]:
-        console.print("The text fits into the exact window, so nothing was compressed: use a longer prompt or --max-tokens")
+        console.print(
+            "The text fits into the exact window, so nothing was compressed: use a longer prompt or --max-tokens"
+        )
