@@ -13,7 +13,7 @@ def output(capsys, *argv: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [(), ("benchmark",), ("info",), ("benchmark", "codec")])
+@pytest.mark.parametrize("argv", [(), ("benchmark",), ("info",), ("benchmark", "forward"), ("recommend",)])
 def test_help_of_every_command(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([*argv, "--help"])
@@ -22,14 +22,12 @@ def test_help_of_every_command(argv, capsys):
 
 def test_help_and_version_load_no_runtime():
     code = (
-        "import sys, time; start = time.perf_counter()\nfrom tqai.cli import build_parser, main\n"
-        "build_parser(); seconds = time.perf_counter() - start; assert main(['--version']) == 0\n"
-        "print(seconds, {'torch', 'triton', 'vllm', 'mlx', 'transformers', 'numpy'} & set(sys.modules))"
+        "import sys; from tqai.cli import build_parser, main; build_parser(); assert main(['--version']) == 0\n"
+        "print({'torch', 'triton', 'vllm', 'mlx', 'transformers', 'numpy', 'rich', 'matplotlib'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    version, rest = done.stdout.splitlines()
-    seconds, modules = rest.split(" ", 1)
-    assert version.startswith("tqai ") and float(seconds) < 0.3 and modules == "set()"
+    version, modules = done.stdout.splitlines()
+    assert version.startswith("tqai ") and modules == "set()"
 
 
 def test_info_says_what_is_here_and_what_formats_cost(capsys):
