@@ -106,17 +106,19 @@ def test_a_copy_always_holds_its_pages_tokens(copies, page_tokens, seed):
     assert 0 < served <= wanted
 
 
-@pytest.mark.parametrize("seed, copies, page_tokens", [(0, 24, 64), (1, 5, 64), (2, 40, 128)])
-def test_the_kernel_keeps_the_same_books(seed, copies, page_tokens):
+@pytest.mark.parametrize("seed, copies, page_tokens, side", [(0, 24, 64, 16), (1, 5, 64, 64), (2, 40, 128, 256)])
+def test_the_kernel_keeps_the_same_books(seed, copies, page_tokens, side, monkeypatch):
     """The Triton kernel beside the reference, step by step (by the interpreter where there is no GPU)."""
     pytest.importorskip("triton")
-    from tqai_plugins.triton_kernels.recent import claim as claim_by_kernel
+    from tqai_plugins.triton_kernels import recent as kernels
+
+    monkeypatch.setattr(kernels, "SIDES", (side,))
 
     def both(copies, slot_mapping, query_start_loc, seq_lens, *rest):
         expected = dataclasses.replace(copies, **{f.name: getattr(copies, f.name).clone() for f in dataclasses.fields(copies)})
         recent.claim(expected, slot_mapping, query_start_loc, seq_lens, *rest)
         copies.slots.fill_(7), copies.table.fill_(7), copies.context.fill_(7)
-        claim_by_kernel(copies, slot_mapping, query_start_loc, seq_lens, *rest)
+        kernels.claim(copies, slot_mapping, query_start_loc, seq_lens, *rest)
         for field in dataclasses.fields(copies):
             got, wanted = getattr(copies, field.name), getattr(expected, field.name)
             used = {"slots": slot_mapping.shape[0], "table": len(seq_lens), "context": len(seq_lens)}.get(field.name, len(got))

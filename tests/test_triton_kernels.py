@@ -10,9 +10,9 @@ from tqai_plugins.core import reference  # noqa: E402
 from tqai_plugins.core.codebook import Codebook  # noqa: E402
 from tqai_plugins.core.kv_format import KVFormat  # noqa: E402
 from tqai_plugins.core.rotation import Rotation  # noqa: E402
-from tqai_plugins.triton_kernels.decode_attention import decode_attention  # noqa: E402
+from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows  # noqa: E402
 from tqai_plugins.triton_kernels.dequantize import dequantize  # noqa: E402
-from tqai_plugins.triton_kernels.prepare import DECODE, PREFILL, prepare  # noqa: E402
+from tqai_plugins.triton_kernels.prepare import TILINGS, prepare  # noqa: E402
 from tqai_plugins.triton_kernels.recent import RecentPages  # noqa: E402
 from tqai_plugins.triton_kernels.workspace import Workspace  # noqa: E402
 
@@ -43,7 +43,8 @@ class Step:
             for i, n in enumerate(lengths)
         ]
         self.slots = torch.cat(slots).to(DEVICE)
-        rows = batch * query_len * kv_heads * group * 16
+        heads = kv_heads * group
+        rows = max(16 * len(self.q) * heads, max_partial_rows(batch, heads, kv_heads, query_len, fmt, DEVICE))
         self.workspace = Workspace.allocate(batch * query_len, kv_heads * group, d, rows, DEVICE)
         self.workspace.partial.fill_(torch.nan)
         self.workspace.lse.fill_(torch.nan)
@@ -65,7 +66,8 @@ class Step:
             for token in range(length):
                 copy = row[token // 64 - first] if token // 64 >= first else -1
                 slots.append(copy * 64 + token % 64 if copy >= 0 else -1)
-        noise = torch.randint(0, 256, (copies.max() + 2, self.kv_heads, RecentPages.layout(self.fmt.head_dim).page_bytes))
+        page_bytes = RecentPages.layout(self.fmt.head_dim).page_bytes
+        noise = torch.randint(0, 256, (copies.max() + 2, self.kv_heads, page_bytes))
         self.recent = RecentPages(
             noise.to(torch.uint8).to(DEVICE), torch.tensor(slots, dtype=torch.int32, device=DEVICE), copies.to(DEVICE)
         )
@@ -101,8 +103,9 @@ class Step:
                 rows += [np.zeros((self.kv_heads * self.group, fmt.head_dim))] * self.query_len
                 continue
             k, ks, v, vs = self.stored(i)
-            k = reference.dequantize_rotated(k, ks, fmt.bits_k, Codebook.lloyd_max(fmt.head_dim, fmt.bits_k)).astype(float)
-            v = reference.dequantize_rotated(v, vs, fmt.bits_v, Codebook.lloyd_max(fmt.head_dim, fmt.bits_v)).astype(float)
+            book_k, book_v = (Codebook.lloyd_max(fmt.head_dim, bits) for bits in (fmt.bits_k, fmt.bits_v))
+            k = reference.dequantize_rotated(k, ks, fmt.bits_k, book_k).astype(float)
+            v = reference.dequantize_rotated(v, vs, fmt.bits_v, book_v).astype(float)
             for page, copy in enumerate([] if self.recent is None else self.recent.table[i].tolist()):
                 start = 64 * (-(-length // 64) - 2 + page)
                 newer_too = copy >= 0 and self.recent.table[i, 1] >= 0
@@ -185,17 +188,19 @@ def test_recent_pages_of_other_shapes(head_dim, page, group, query_len):
 
 @pytest.mark.parametrize("bits", [(4, 2), (3, 8)])
 @pytest.mark.parametrize("head_dim", [64, 80])
-def test_both_tilings_of_prepare_write_the_same_bytes(bits, head_dim):
+def test_all_tilings_of_prepare_write_the_same_bytes(bits, head_dim):
     step = Step(KVFormat(*bits, head_dim), 3, 2, [90, 40], 64)
     step.keep_recent([[0, 1], [-1, 2]])
     pages, copies = step.pages.clone(), step.recent.pages.clone()
-    step.store(DECODE)
-    once = step.pages.clone(), step.recent.pages.clone(), step.workspace.planes.clone()
-    step.pages.copy_(pages), step.recent.pages.copy_(copies), step.workspace.planes.zero_()
-    step.store(PREFILL)
-    differ = (once[0] != step.pages).any(-1).float().mean(), (once[1] != step.recent.pages).any(-1).float().mean()
-    assert max(differ) < (0.5 if DEVICE.type == "cuda" else 1e-9)  # sums in another order may take another grid
-    assert torch.equal(once[2], step.workspace.planes) or DEVICE.type == "cuda"
+    written = []
+    for tiling in TILINGS.values():
+        step.pages.copy_(pages), step.recent.pages.copy_(copies), step.workspace.planes.zero_()
+        step.store(tiling)
+        written.append([step.pages.clone(), step.recent.pages.clone(), step.workspace.planes.clone()])
+    for other in written[1:]:
+        differ = [(a != b).any(-1).float().mean() for a, b in zip(written[0][:2], other)]
+        assert max(differ) < (0.5 if DEVICE.type == "cuda" else 1e-9)  # sums in another order may take another grid
+        assert torch.equal(written[0][2], other[2]) or DEVICE.type == "cuda"
 
 
 @pytest.mark.parametrize("page", [16, 32, 48, 64, 128])
@@ -225,6 +230,13 @@ def test_empty_and_one_token_sequences():
     step = Step(KVFormat(4, 2, 64), 1, 4, [0, 1, 130], 64)
     step.store()
     assert_close(step.attend(num_splits=4), step.expected())
+
+
+def test_a_workspace_without_room_for_the_splits_is_refused():
+    step = Step(KVFormat(4, 2, 64), 1, 4, [130], 64)
+    step.store()
+    with pytest.raises(ValueError, match="512 splits of 4 rows need 2048 partial rows, the workspace has"):
+        step.attend(num_splits=512)
 
 
 def test_log_sum_exp_merges_with_other_attention():

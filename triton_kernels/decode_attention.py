@@ -130,7 +130,8 @@ def _load_tile(
 
 @triton.jit
 def _softmax_weights(
-    s, k_scale, v_scale, token, length, last_seen, window, soft_cap, scale, bias, ref, v_unit, total, half, a0, a1, a2, a3,
+    s, k_scale, v_scale, token, length, last_seen, window, soft_cap, scale, bias,
+    ref, v_unit, total, half, a0, a1, a2, a3,
     H: tl.constexpr, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, F_V: tl.constexpr,
     TILE: tl.constexpr,
 ):
@@ -174,6 +175,8 @@ def _softmax_weights(
     p = tl.exp2(score - ref[None, :])
     total += p
     x_p = p * (v_scale * (1.0 / v_unit))[:, None]
+    if QUERY_LEN > 1 or WINDOW:  # a flagged value counts for those that see it
+        x_p = tl.where(p == 0.0, 0.0, x_p)
     half += x_p
     shifted = x_p + 12582912.0
     lo = (x_p - (shifted - 12582912.0)) * 254.0
@@ -186,9 +189,13 @@ def _load_codes(base, rows, row_stride, columns, column_stride, mask):
     return tl.load(base + rows * row_stride + columns * column_stride, mask=mask, other=0).to(tl.int8, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["num_splits", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["num_splits", "window", "table_stride"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens"],
+)
 def _decode_kernel(
-    planes, q_scale, q_bias, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse, k_levels, v_levels, lifts,
+    planes, q_scale, q_bias, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse,
+    k_levels, v_levels, lifts,
     table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
@@ -322,12 +329,16 @@ def _decode_kernel(
             )
             values = page + RECENT_V_CODES
             row = (jv * F_V)[:, None]
-            a0 = tl.dot(_load_codes(values, row, TILE, n[None, :], 1, row < D), weights, a0, out_dtype=tl.int32)
+            column = n[None, :]
+            a0 = tl.dot(_load_codes(values, row, TILE, column, 1, row < D), weights, a0, out_dtype=tl.int32)
             if F_V >= 2:
-                a1 = tl.dot(_load_codes(values, row + 1, TILE, n[None, :], 1, row + 1 < D), weights, a1, out_dtype=tl.int32)
+                z1 = _load_codes(values, row + 1, TILE, column, 1, row + 1 < D)
+                a1 = tl.dot(z1, weights, a1, out_dtype=tl.int32)
             if F_V == 4:
-                a2 = tl.dot(_load_codes(values, row + 2, TILE, n[None, :], 1, row + 2 < D), weights, a2, out_dtype=tl.int32)
-                a3 = tl.dot(_load_codes(values, row + 3, TILE, n[None, :], 1, row + 3 < D), weights, a3, out_dtype=tl.int32)
+                z2 = _load_codes(values, row + 2, TILE, column, 1, row + 2 < D)
+                a2 = tl.dot(z2, weights, a2, out_dtype=tl.int32)
+                z3 = _load_codes(values, row + 3, TILE, column, 1, row + 3 < D)
+                a3 = tl.dot(z3, weights, a3, out_dtype=tl.int32)
 
     total = tl.sum(total, 0)
     half = tl.sum(half, 0)
@@ -342,7 +353,8 @@ def _decode_kernel(
     if F_V == 4:
         _store_rows(out, real, a2, half, inverse, jv * F_V + 2, D, H)
         _store_rows(out, real, a3, half, inverse, jv * F_V + 3, D, H)
-    tl.store(lse + out_row, ref + tl.log2(tl.where(total == 0, 1.0, total)) + tl.where(total == 0, -1e30, 0.0), mask=real)
+    log_total = tl.where(total == 0, -1e30, tl.log2(tl.where(total == 0, 1.0, total)))
+    tl.store(lse + out_row, ref + log_total, mask=real)
 
 
 @functools.lru_cache(None)
@@ -406,7 +418,7 @@ def decode_attention(
     stored tokens, the new ones included; output [sequences * query_len, q_heads, head_dim] in the
     model's dtype. sinks float32 [q_heads]: logits without a value. lse float32 [sequences * query_len,
     q_heads], filled with the natural log-sum-exp if given. recent: 8-bit copies of the last tokens, read in
-    place of their codes. A sequence of length 0 gets zeros.
+    place of their codes. A sequence of length 0 gets zeros. ValueError if the workspace is too small.
     """
     num_sequences = seq_lens.shape[0]
     num_q_heads, head_dim = output.shape[-2:]
@@ -418,6 +430,12 @@ def decode_attention(
     rows = group * query_len
     columns = _columns(rows)
     splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)
+    query_rows = num_sequences * query_len * num_q_heads
+    if query_rows * splits > workspace.lse.shape[0]:
+        raise ValueError(
+            f"{splits} splits of {query_rows} rows need {query_rows * splits} partial rows, the workspace has "
+            f"{workspace.lse.shape[0]}; allocate it with max_partial_rows"
+        )
     padded = triton.next_power_of_2(head_dim)
     layout = fmt.page_layout(page_tokens)
     copy = recent or RecentPages.none(pages, block_table)
@@ -429,13 +447,15 @@ def decode_attention(
         copy.pages, copy.table, workspace.partial, workspace.lse,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
         device_tables.lifts(device),
-        block_table.stride(0), pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), splits, sliding_window or 0, soft_cap or 0.0,
+        block_table.stride(0), pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), splits,
+        sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
         fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
         max(32, padded // k_planes), max(16, padded // v_planes),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
-        sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes, copy_layout.k_scales, copy_layout.v_scales,
+        sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes,
+        copy_layout.k_scales, copy_layout.v_scales,
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
     merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

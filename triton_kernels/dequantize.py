@@ -13,7 +13,9 @@ from .unpack import load_levels
 TILE = 64  # tokens a program
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table", "starts", "ends", "out_starts"]
+)
 def _dequantize_kernel(
     pages, block_table, starts, ends, out_starts, k_out, v_out, k_levels, v_levels, hadamard, norms,
     table_stride, page_stride, head_stride, k_stride, v_stride,

@@ -9,6 +9,9 @@ import triton.language as tl
 from . import device_tables
 
 PARTS = 32  # partial results a program reads at a time: some rows times some of their splits
+WARPS = 4
+# Numbers of splits for which the kernel is compiled; others share theirs.
+MERGE_VARIANTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -85,7 +88,8 @@ def merge(
     if rows == 0:
         return
     padded = triton.next_power_of_2(head_dim)
-    lanes = min(PARTS, triton.next_power_of_2(num_splits))
+    variant = triton.next_power_of_2(num_splits)
+    lanes = min(PARTS, variant)
     # The interpreter multiplies bfloat16 wrongly; with float32 the low half is simply zero.
     matrix_dtype = torch.bfloat16 if output.device.type == "cuda" else torch.float32
     _merge_kernel[(triton.cdiv(rows * lanes, PARTS),)](
@@ -93,6 +97,6 @@ def merge(
         device_tables.signed_hadamard(head_dim, padded, matrix_dtype, output.device, back=True),
         device_tables.norms(head_dim, padded, output.device),
         rows, num_splits, output.stride(0), value_unit,
-        num_q_heads, head_dim, padded, PARTS // lanes, lanes, triton.cdiv(num_splits, lanes),
-        sinks is not None, lse_out is not None, num_warps=4,
+        num_q_heads, head_dim, padded, PARTS // lanes, lanes, variant // lanes,
+        sinks is not None, lse_out is not None, num_warps=WARPS,
     )

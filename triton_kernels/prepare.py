@@ -16,6 +16,7 @@ from .recent import RecentPages
 from .unpack import sign_plane
 from .workspace import Workspace
 
+
 @dataclass(frozen=True)
 class Tiling:
     """rows a program holds at a time; copies of each key and value among them, which share the grids of
@@ -26,9 +27,14 @@ class Tiling:
     warps: int
 
 
-DECODE = Tiling(16, len(SEARCH), 4)  # 16 rows are the smallest tile of the matrix unit
-PREFILL = Tiling(64, 1, 8)
-PREFILL_VECTORS = 4096  # from here on the machine is full without copies
+# By the number of vectors from which each is the fastest, on an H100 (README.md). 16 rows are the smallest tile
+# of the matrix unit.
+TILINGS = {0: Tiling(16, len(SEARCH), 4), 256: Tiling(16, len(SEARCH) // 2, 4), 4096: Tiling(64, 1, 8)}
+
+
+def choose_tiling(vectors: int) -> Tiling:
+    """vectors: new tokens times KV heads."""
+    return TILINGS[max(least for least in TILINGS if least <= vectors)]
 
 
 @triton.jit
@@ -172,7 +178,7 @@ def _store_vectors(
     tl.store(base[:, None] + j[None, :] * byte_stride, packed.to(tl.uint8), mask=valid[:, None] & (j < limit)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"])
+@triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
     planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,
@@ -183,7 +189,8 @@ def _prepare_kernel(
     PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     RECENT: tl.constexpr, RECENT_PAGE: tl.constexpr, RECENT_V_CODES: tl.constexpr,
     RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
-    NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr, ROWS: tl.constexpr, COPIES: tl.constexpr,
+    NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
+    ROWS: tl.constexpr, COPIES: tl.constexpr,
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
@@ -277,7 +284,7 @@ def prepare(
     assert head_dim == fmt.head_dim and key.stride(1) == head_dim and value.stride(1) == head_dim
     queries = 0 if query is None else query.shape[0] * query.shape[1]
     vectors = num_tokens * num_kv_heads
-    tiling = tiling or (DECODE if vectors < PREFILL_VECTORS else PREFILL)
+    tiling = tiling or choose_tiling(vectors)
     programs = triton.cdiv(queries, tiling.rows) + 2 * triton.cdiv(vectors, tiling.rows // tiling.copies)
     if programs == 0:
         return
@@ -288,12 +295,15 @@ def prepare(
     device = key.device
     q = key if query is None else query
     _prepare_kernel[(programs,)](
-        q, key, value, pages, slot_mapping, copy.pages, copy.slots, workspace.planes, workspace.q_scale, workspace.q_bias,
-        device_tables.signed_hadamard(head_dim, padded, key.dtype, device), device_tables.norms(head_dim, padded, device),
+        q, key, value, pages, slot_mapping, copy.pages, copy.slots,
+        workspace.planes, workspace.q_scale, workspace.q_bias,
+        device_tables.signed_hadamard(head_dim, padded, key.dtype, device),
+        device_tables.norms(head_dim, padded, device),
         device_tables.encoder(head_dim, fmt.bits_k, device), device_tables.encoder(head_dim, fmt.bits_v, device),
         queries, vectors, q.stride(0), key.stride(0), value.stride(0),
-        pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), softmax_scale * LOG2_E / SCALE_DENOMINATOR,
-        q.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
+        pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1),
+        softmax_scale * LOG2_E / SCALE_DENOMINATOR,
+        workspace.planes.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
         page_tokens, layout.v_codes, layout.k_scales, layout.v_scales,
         recent is not None, copy_layout.page_tokens, copy_layout.v_codes, copy_layout.k_scales, copy_layout.v_scales,
         len(SEARCH), TOP, SCALE_DENOMINATOR, tiling.rows, tiling.copies,

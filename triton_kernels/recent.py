@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, PageLayout
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, PageLayout, recent_format
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,8 @@ class RecentPages:
     table: torch.Tensor
 
     @staticmethod
-    def format(head_dim: int) -> KVFormat:
-        return KVFormat(8, 8, head_dim)
-
-    @classmethod
-    def layout(cls, head_dim: int) -> PageLayout:
-        return cls.format(head_dim).page_layout(RECENT_PAGE_TOKENS)
+    def layout(head_dim: int) -> PageLayout:
+        return recent_format(head_dim).page_layout(RECENT_PAGE_TOKENS)
 
     @classmethod
     def none(cls, pages: torch.Tensor, any_tensor: torch.Tensor) -> RecentPages:
@@ -60,9 +56,13 @@ def _number(match, n):
     return tl.max(tl.where(match, n[None, :], -1), 1)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_tokens", "table_stride", "copies"])
+@triton.jit(
+    do_not_specialize=["num_sequences", "num_tokens", "table_stride", "copies"],
+    do_not_specialize_on_alignment=["slot_mapping", "query_start_loc", "seq_lens", "block_table"],
+)
 def _claim_kernel(
-    owner_ptr, used_ptr, step_ptr, wanted_served, slots, table, context, slot_mapping, query_start_loc, seq_lens, block_table,
+    owner_ptr, used_ptr, step_ptr, wanted_served, slots, table, context,
+    slot_mapping, query_start_loc, seq_lens, block_table,
     num_sequences, num_tokens, table_stride, copies, decode_tokens,
     S: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
 ):
@@ -128,22 +128,25 @@ def _claim_kernel(
     claims = claim0.to(tl.int32) + claim1.to(tl.int32)
     rank0 = tl.cumsum(claims, 0) - claims
     rank1 = rank0 + claim0.to(tl.int32)
-    for first in range(0, copies, BLOCK):
-        n = first + tl.arange(0, BLOCK)
-        used = tl.load(used_ptr + n, mask=n < copies, other=0)
-        rank = tl.zeros([BLOCK], tl.int32)
-        for other in range(0, copies, S):
-            m = other + t
-            theirs = tl.load(used_ptr + m, mask=m < copies, other=0)
-            older = (theirs[:, None] < used[None, :]) | ((theirs[:, None] == used[None, :]) & (m[:, None] < n[None, :]))
-            rank += tl.sum((older & (m < copies)[:, None]).to(tl.int32), 0)
-        free = (used < step) & (n < copies)
-        takes0 = claim0[:, None] & (rank0[:, None] == rank[None, :]) & free[None, :]
-        takes1 = claim1[:, None] & (rank1[:, None] == rank[None, :]) & free[None, :]
-        held0 = tl.maximum(held0, _number(takes0, n))
-        held1 = tl.maximum(held1, _number(takes1, n))
-        owner = tl.max(tl.maximum(tl.where(takes0, begun_span0[:, None], -1), tl.where(takes1, begun_span1[:, None], -1)), 0)
-        tl.store(owner_ptr + n, owner, mask=(n < copies) & (owner >= 0))
+    if tl.sum(claims, 0) > 0:
+        for first in range(0, copies, BLOCK):
+            n = first + tl.arange(0, BLOCK)
+            used = tl.load(used_ptr + n, mask=n < copies, other=0)
+            rank = tl.zeros([BLOCK], tl.int32)
+            for other in range(0, copies, S):
+                m = other + t
+                theirs = tl.load(used_ptr + m, mask=m < copies, other=0)
+                tie = (theirs[:, None] == used[None, :]) & (m[:, None] < n[None, :])
+                older = (theirs[:, None] < used[None, :]) | tie
+                rank += tl.sum((older & (m < copies)[:, None]).to(tl.int32), 0)
+            free = (used < step) & (n < copies)
+            takes0 = claim0[:, None] & (rank0[:, None] == rank[None, :]) & free[None, :]
+            takes1 = claim1[:, None] & (rank1[:, None] == rank[None, :]) & free[None, :]
+            held0 = tl.maximum(held0, _number(takes0, n))
+            held1 = tl.maximum(held1, _number(takes1, n))
+            taken = tl.maximum(tl.where(takes0, begun_span0[:, None], -1), tl.where(takes1, begun_span1[:, None], -1))
+            owner = tl.max(taken, 0)
+            tl.store(owner_ptr + n, owner, mask=(n < copies) & (owner >= 0))
     tl.debug_barrier()
     tl.store(used_ptr + held0, step + tl.zeros([S], tl.int32), mask=held0 >= 0)
     tl.store(used_ptr + held1, step + tl.zeros([S], tl.int32), mask=held1 >= 0)
@@ -168,6 +171,10 @@ def _claim_kernel(
         tl.store(slots + at, copied, mask=i < count)
 
 
+# Sequences side by side: comparing few with many copies at once takes less time. Each is one more kernel to compile.
+SIDES = (16, 64, 256, 1024, 4096)
+
+
 def claim(
     copies,
     slot_mapping: torch.Tensor,
@@ -181,10 +188,10 @@ def claim(
 
     Entries of slots, table and context beyond the step's tokens and sequences are left as they are.
     """
-    sequences = triton.next_power_of_2(copies.table.shape[0])
+    side = next(side for side in SIDES if side >= seq_lens.shape[0])
     _claim_kernel[(1,)](
         copies.owner, copies.used, copies.step, copies.wanted_served, copies.slots, copies.table, copies.context,
         slot_mapping, query_start_loc, seq_lens, block_table, seq_lens.shape[0], slot_mapping.shape[0],
         block_table.stride(0), copies.owner.shape[0], decode_tokens,
-        max(16, sequences), max(4, 4096 // max(16, sequences)), page_tokens, RECENT_PAGE_TOKENS, num_warps=8,
+        side, max(4, 4096 // side), page_tokens, RECENT_PAGE_TOKENS, num_warps=8,
     )
