@@ -6,12 +6,13 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from tqai_plugins.core.kv_format import SERVED_NAMES, KVFormat, is_tqai
-from tqai_plugins.torch_kernels import prefill
-from tqai_plugins.triton_kernels import device_tables
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, SERVED_NAMES, KVFormat, is_tqai, recent_format
+from tqai_plugins.torch_kernels.recent import RecentCopies
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
 from tqai_plugins.triton_kernels.dequantize import dequantize
-from tqai_plugins.triton_kernels.prepare import prepare
+from tqai_plugins.triton_kernels.merge import MERGE_VARIANTS, merge
+from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
+from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
 from tqai_plugins.triton_kernels.workspace import Workspace
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
@@ -23,16 +24,14 @@ from vllm.v1.attention.backends.turboquant_attn import (
     TurboQuantMetadataBuilder,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from . import compat
+from . import compat, metrics, prefill, recent_memory
 
 # The logger's name must lie under vLLM's for its handlers to print it.
 logger = init_logger("vllm.tqai")
 
 PAGE_TOKENS = 64  # the kernels' tile; other multiples of 16 work, slower
 MAX_QUERY_LEN = 8  # query tokens of a decode step: longer ones are prefill
-PREFILL_WORKSPACE_BYTES = 64 << 20
 
 
 class Backend(TurboQuantAttentionBackend):
@@ -45,6 +44,19 @@ class Backend(TurboQuantAttentionBackend):
     @classmethod
     def supports_kv_cache_dtype(cls, kv_cache_dtype):
         return is_tqai(kv_cache_dtype) or super().supports_kv_cache_dtype(kv_cache_dtype)
+
+    @classmethod
+    def validate_configuration(cls, *args, kv_cache_dtype, **config):
+        which = super() if is_tqai(kv_cache_dtype) else TurboQuantAttentionBackend
+        return which.validate_configuration(*args, kv_cache_dtype=kv_cache_dtype, **config)
+
+    @classmethod
+    def supports_sink(cls):
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls):
+        return True
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size):
@@ -61,7 +73,7 @@ class Backend(TurboQuantAttentionBackend):
     @staticmethod
     def get_kv_cache_shape(num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str="tqai"):
         # 0.26 and 0.27 say "auto" for a dtype they do not know.
-        if cache_dtype_str != "auto" and not is_tqai(cache_dtype_str):
+        if not is_tqai(cache_dtype_str) and not (cache_dtype_str == "auto" and compat.is_active()):
             return TurboQuantAttentionBackend.get_kv_cache_shape(
                 num_blocks, block_size, num_kv_heads, head_size, cache_dtype_str
             )
@@ -86,18 +98,8 @@ class Metadata(AttentionMetadata):
     seq_lens: torch.Tensor
     num_decodes: int
     query_len: int
-    prefill: Prefill | None
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """The requests behind the decodes. Starts count from the first prefill token."""
-
-    query_start_loc: torch.Tensor
-    query_starts: list[int]
-    max_query_len: int
-    context_lengths: list[int]
-    block_table: torch.Tensor
+    prefill: prefill.Prefill | None
+    recent: RecentCopies | None
 
 
 class Builder(TurboQuantMetadataBuilder):
@@ -109,27 +111,76 @@ class Builder(TurboQuantMetadataBuilder):
             super().__init__(kv_cache_spec, layer_names, vllm_config, device)
             return
         AttentionMetadataBuilder.__init__(self, kv_cache_spec, layer_names, vllm_config, device)
-        limit = compat.query_token_limit(vllm_config)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=limit <= MAX_QUERY_LEN)
+        self.query_limit = compat.query_token_limit(vllm_config)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=self.query_limit <= MAX_QUERY_LEN)
+        self.exact_lengths = not compat.lengths_are_bounds(vllm_config)
+        heads, head_dim = kv_cache_spec.num_kv_heads, kv_cache_spec.head_size
+        self.tile_tokens = prefill.tile_tokens(heads, head_dim, vllm_config.model_config.dtype)
+        self.page_tokens = kv_cache_spec.block_size
+        self.recent = None
+        copies = recent_memory.copies(vllm_config)
+        if copies:
+            recent_memory.warn_unless_fits(self.page_tokens)
+        if copies and recent_memory.fits(self.page_tokens):
+            scheduler = vllm_config.scheduler_config
+            self.recent = RecentCopies.allocate(
+                copies, scheduler.max_num_seqs, scheduler.max_num_batched_tokens + scheduler.max_num_seqs, device
+            )
+            self._compile_claim(scheduler.max_num_seqs, device)
+        self.meter = metrics.Meter(vllm_config, layer_names, self.recent)
+        self.slower = None if uses_ptx(device) else metrics.PLAIN_TRITON
+        layers = vllm_config.compilation_config.static_forward_context
+        impls = {layers[name].impl.shape: layers[name].impl for name in layer_names}
+        for impl in impls.values():
+            impl.compile(self.page_tokens, vllm_config.model_config.dtype, self.recent)
+
+    def _compile_claim(self, max_sequences: int, device) -> None:
+        slots = torch.full((1,), -1, device=device)
+        for sequences in (n for n in (*SIDES, max_sequences) if n <= max_sequences):
+            empty = torch.zeros(sequences + 1, dtype=torch.int32, device=device)
+            claim(self.recent, slots, empty, empty[:-1], empty[:-1, None], self.page_tokens, self.query_limit)
 
     def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
         if not self.ours:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
+        if self.recent is not None:
+            claim(
+                self.recent, common.slot_mapping, common.query_start_loc, common.seq_lens, common.block_table_tensor,
+                self.page_tokens, self.query_limit,
+            )
+        if common.seq_lens_cpu_upper_bound is not None:
+            self.meter.step(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, self.slower)
+        return self._metadata(common, self.recent)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata):
+        """What is captured reads the same tensors; its dummy requests claim nothing."""
+        if not self.ours:
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+        return self._metadata(common_attn_metadata, self.recent)
+
+    def build_for_drafting(self, common_attn_metadata, draft_index):
+        """A draft model's layers share this builder but not the step: they read codes only."""
+        if not self.ours:
+            return super().build_for_drafting(common_attn_metadata, draft_index)
+        return self._metadata(common_attn_metadata, None)
+
+    def _metadata(self, common, recent):
         num_decodes, num_prefills, decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.reorder_batch_threshold, require_uniform=True
         )
         chunk = None
         if num_prefills:
             starts = (common.query_start_loc_cpu[num_decodes:] - decode_tokens).tolist()
-            lengths = common.seq_lens_cpu_upper_bound[num_decodes:].tolist()
-            contexts = [length - (b - a) for length, a, b in zip(lengths, starts, starts[1:])]
-            chunk = Prefill(
-                (common.query_start_loc[num_decodes:] - decode_tokens).to(torch.int32),
+            lengths = common.seq_lens_cpu_upper_bound if self.exact_lengths else common.seq_lens
+            contexts = [n - (b - a) for n, a, b in zip(lengths[num_decodes:].tolist(), starts, starts[1:])]
+            chunk = prefill.Prefill(
                 starts,
-                max(b - a for a, b in zip(starts, starts[1:])),
                 contexts,
+                (common.query_start_loc[num_decodes:] - decode_tokens).to(torch.int32),
                 common.block_table_tensor[num_decodes:],
+                None if recent is None else recent.context[num_decodes:],
+                self.tile_tokens,
             )
         return Metadata(
             common.num_actual_tokens,
@@ -139,6 +190,7 @@ class Builder(TurboQuantMetadataBuilder):
             num_decodes,
             -(-decode_tokens // num_decodes) if num_decodes else 0,
             chunk,
+            recent,
         )
 
 
@@ -148,26 +200,11 @@ def _workspace(num_tokens: int, num_q_heads: int, head_dim: int, rows: int, devi
     return Workspace.allocate(num_tokens, num_q_heads, head_dim, rows, device)
 
 
-@functools.lru_cache(None)
-def _dense_tile(tokens: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
-    return torch.empty(2, tokens, num_kv_heads, head_dim, dtype=dtype, device=device)
-
-
-@functools.lru_cache(None)
-def _announce(name: str, page_tokens: int, ptx: bool, num_kv_heads: int, head_dim: int) -> None:
-    fmt = KVFormat.from_name(name, head_dim)
-    logger.info(
-        "tqai: KV cache %s: %d-bit keys, %d-bit values, %d bytes a token and KV head (head_dim %d, %.2f times smaller "
-        "than 16 bits), pages of %d tokens, %d KV heads a layer here, decode kernel: %s",
-        fmt.name, fmt.bits_k, fmt.bits_v, fmt.slot_bytes, head_dim, fmt.compression, page_tokens, num_kv_heads,
-        "PTX byte permutes" if ptx else "plain Triton",
-    )
-
-
 class Impl(TurboQuantAttentionImpl):
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
-        kv_cache_dtype="tqai", logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None, **_,
+        kv_cache_dtype="tqai", logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
+        sinks=None, **_,
     ):
         compat.set_active(kv_cache_dtype)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
@@ -175,13 +212,14 @@ class Impl(TurboQuantAttentionImpl):
         self.kv_cache_dtype = kv_cache_dtype
         self.fmt = KVFormat.from_name(kv_cache_dtype, head_size)
         self.soft_cap = logits_soft_cap or None
-        self.stores = kv_sharing_target_layer_name is None
+        self.sliding_window = sliding_window
+        self.sinks = sinks  # a parameter of the model, loaded later
         if alibi_slopes is not None:
             raise ValueError(f"--kv-cache-dtype {kv_cache_dtype} does not serve models with ALiBi; use another dtype")
-        if sliding_window is not None:
+        if kv_sharing_target_layer_name is not None:
             raise ValueError(
-                f"--kv-cache-dtype {kv_cache_dtype} does not serve sliding-window layers on CUDA yet; "
-                "keep them as they are with --kv-cache-dtype-skip-layers sliding_window"
+                f"--kv-cache-dtype {kv_cache_dtype} does not serve layers that read another layer's cache on CUDA yet; "
+                "use another dtype for this model"
             )
         if not self.fmt.served or head_size > 256:
             raise ValueError(
@@ -195,12 +233,57 @@ class Impl(TurboQuantAttentionImpl):
         query_len = min(MAX_QUERY_LEN, compat.query_token_limit(config))
         rows = max_partial_rows(requests, num_heads, self.num_kv_heads, query_len, self.fmt, device)
         self.workspace = _workspace(requests * query_len, num_heads, head_size, rows, device)
-        token_bytes = 2 * self.num_kv_heads * head_size * 2
-        self.tile_tokens = max(PAGE_TOKENS, PREFILL_WORKSPACE_BYTES // token_bytes // PAGE_TOKENS * PAGE_TOKENS)
         self.ptx = uses_ptx(device)
+        self.config = config
+        self.recent_pages = None
+
+    def recent_bytes(self) -> int:
+        """Of one 8-bit copy of a recent page in this layer."""
+        return self.num_kv_heads * RecentPages.layout(self.head_size).page_bytes
 
     def process_weights_after_loading(self, act_dtype):
-        pass
+        """After the weights and before vLLM measures free memory: reserve what is not a page."""
+        metrics.announce(self.config, "Triton with byte permutes (PTX)" if self.ptx else "plain Triton")
+        device = self.workspace.planes.device
+        if self.sinks is not None:
+            self.sinks = self.sinks.to(torch.float32)
+        tokens = prefill.tile_tokens(self.num_kv_heads, self.head_size, act_dtype)
+        if self.sliding_window is not None:
+            tokens = max(tokens, self.config.scheduler_config.max_num_batched_tokens + self.sliding_window)
+        prefill.reserve(tokens, self.num_kv_heads, self.head_size, act_dtype, device)
+        copies = recent_memory.copies(self.config)
+        if copies:
+            bytes_each = RecentPages.layout(self.head_size).page_bytes
+            self.recent_pages = torch.zeros(copies, self.num_kv_heads, bytes_each, dtype=torch.uint8, device=device)
+
+    @property
+    def shape(self) -> tuple:
+        """What its kernels are compiled for."""
+        return self.num_heads, self.num_kv_heads, self.fmt, self.sliding_window, self.sinks is not None
+
+    def compile(self, page_tokens, dtype, bookkeeping) -> None:
+        """Compile what capturing decode steps in CUDA graphs does not reach, so that no request waits for it."""
+        device = self.workspace.planes.device
+        pages = torch.zeros(1, self.num_kv_heads, page_tokens * self.fmt.slot_bytes, dtype=torch.uint8, device=device)
+        vectors = torch.zeros(1, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
+        table = torch.full((1, RECENT_PAGES), -1, dtype=torch.int32, device=device)
+        recent = None if bookkeeping is None else RecentPages(self.recent_pages, table[0], table)
+        for tiling in TILINGS.values():
+            prepare(
+                None, vectors, vectors, pages, table[0].long(), self.workspace, self.fmt, page_tokens, self.scale,
+                recent=recent, tiling=tiling,
+            )
+        zero = torch.zeros(1, dtype=torch.int32, device=device)
+        compile_dequantize = lambda held, fmt, tokens: dequantize(
+            held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False
+        )
+        compile_dequantize(pages, self.fmt, page_tokens)
+        if recent is not None:
+            compile_dequantize(self.recent_pages, recent_format(self.head_size), RECENT_PAGE_TOKENS)
+        out = torch.zeros(1, self.num_heads, self.head_size, dtype=dtype, device=device)
+        for splits in MERGE_VARIANTS:
+            if splits * self.num_heads <= self.workspace.lse.shape[0]:
+                merge(self.workspace.partial, self.workspace.lse, out, splits, sinks=self.sinks)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         raise RuntimeError("tqai stores in forward; this vLLM stores separately: please report its version")
@@ -212,7 +295,6 @@ class Impl(TurboQuantAttentionImpl):
             return output.fill_(0)
         meta = attn_metadata
         page_tokens = kv_cache.shape[2]
-        _announce(self.kv_cache_dtype, page_tokens, self.ptx, self.num_kv_heads, self.head_size)
         pages = kv_cache.flatten(2)
         tokens = meta.num_actual_tokens
         out = output.view(-1, self.num_heads, self.head_size)
@@ -220,70 +302,27 @@ class Impl(TurboQuantAttentionImpl):
         key = key[:tokens].view(-1, self.num_kv_heads, self.head_size)
         value = value[:tokens].view(-1, self.num_kv_heads, self.head_size)
         decode_tokens = meta.num_decodes * meta.query_len if meta.num_decodes else 0
-        slots = meta.slot_mapping if self.stores else torch.full_like(meta.slot_mapping, -1)
+        recent = None
+        if meta.recent is not None and self.recent_pages is not None:
+            recent = RecentPages(self.recent_pages, meta.recent.slots, meta.recent.table)
         prepare(
-            query[:decode_tokens] if decode_tokens else None, key, value, pages, slots, self.workspace, self.fmt,
-            page_tokens, self.scale,
+            query[:decode_tokens] if decode_tokens else None, key, value, pages, meta.slot_mapping, self.workspace,
+            self.fmt, page_tokens, self.scale, recent=recent,
         )
         if decode_tokens:
             decode_attention(
                 self.workspace, pages, meta.block_table, meta.seq_lens[: meta.num_decodes], out[:decode_tokens],
-                self.fmt, page_tokens, query_len=meta.query_len, soft_cap=self.soft_cap,
+                self.fmt, page_tokens, query_len=meta.query_len, soft_cap=self.soft_cap, recent=recent,
+                sliding_window=self.sliding_window, sinks=self.sinks,
             )
         if meta.prefill is not None:
             rows = slice(decode_tokens, tokens)
-            self._prefill(query[rows], key[rows], value[rows], pages, page_tokens, meta.prefill, out[rows])
-        return output
-
-    def _flash(self, query, key, value, starts, key_starts, max_query, max_key, causal):
-        """FlashAttention over ragged requests: output [tokens, heads, head_dim] and lse [tokens, heads]."""
-        out, lse = flash_attn_varlen_func(
-            query, key, value, max_seqlen_q=max_query, cu_seqlens_q=starts, max_seqlen_k=max_key,
-            cu_seqlens_k=key_starts, softmax_scale=self.scale, causal=causal, softcap=self.soft_cap or 0.0,
-            return_softmax_lse=True, fa_version=self.fa_version,
-        )
-        return out, lse.transpose(0, 1)
-
-    def _prefill(self, query, key, value, pages, page_tokens, chunk, out):
-        """The chunk to itself exactly; to cached codes in the rotated basis, in bounded tiles."""
-        starts = chunk.query_start_loc
-        own, lse = self._flash(
-            query, key, value, starts, starts, chunk.max_query_len, chunk.max_query_len, causal=True
-        )
-        if not any(chunk.context_lengths):
-            out.copy_(own)
-            return
-        device, dim = query.device, self.head_size
-        norms = device_tables.norms(dim, dim, device)
-        turned = (query @ device_tables.signed_hadamard(dim, dim, query.dtype, device)) * norms.to(query.dtype)
-        k, v = _dense_tile(self.tile_tokens, self.num_kv_heads, dim, query.dtype, device)
-
-        def attend_tile(queries, segments, first):
-            requests = segments[-1].request - first + 1
-            lengths = [s.end - s.start for s in segments]
-            ends = torch.tensor([[s.start for s in segments], [s.end for s in segments]], dtype=torch.int32)
-            begin, end = ends.to(device, non_blocking=True)
-            by_request = [0] * requests
-            for s in segments:
-                by_request[s.request - first] = s.end - s.start
-            key_starts = torch.tensor([0, *by_request], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-            held = [s.request - first for s in segments]
-            at = key_starts[held].to(device, non_blocking=True)
-            table = chunk.block_table[[s.request for s in segments]]
-            dequantize(pages, table, begin, end, at, k, v, self.fmt, page_tokens, max(lengths))
-            total = sum(lengths)
-            query_starts = starts[first : first + requests + 1] - starts[first]
-            return self._flash(
-                queries, k[:total], v[:total], query_starts, key_starts.to(device, non_blocking=True),
-                chunk.max_query_len, max(lengths), causal=False,
+            prefill.attend(
+                query[rows], key[rows], value[rows], pages, page_tokens, self.recent_pages, meta.prefill, self.fmt,
+                out[rows], softmax_scale=self.scale, fa_version=self.fa_version, sliding_window=self.sliding_window,
+                soft_cap=self.soft_cap, sinks=self.sinks,
             )
-
-        cached, cached_lse = prefill.attend_cached(
-            turned, chunk.query_starts, chunk.context_lengths, self.tile_tokens, attend_tile
-        )
-        back = (cached * norms).to(query.dtype) @ device_tables.signed_hadamard(dim, dim, query.dtype, device, back=True)
-        merged, _ = prefill.merge(own.float(), lse, back.float(), cached_lse)
-        out.copy_(merged)
+        return output
 
 
 class _UpstreamImpl(TurboQuantAttentionImpl):

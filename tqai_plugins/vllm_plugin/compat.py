@@ -193,6 +193,11 @@ def _use_folder_codebooks() -> None:
         init_logger("vllm.tqai").info_once("tqai: codebooks of the converted folder: %s", names)
 
 
+def is_active() -> bool:
+    """Whether this process has made a tqai layer."""
+    return _active is not None
+
+
 def active_format(head_dim: int) -> KVFormat:
     """The format of this process' tqai layers."""
     import vllm.config as config
