@@ -1,35 +1,45 @@
-"""`tqai benchmark kernels`: decode attention over codes on one GPU, beside FlashAttention-3 and vLLM's TurboQuant."""
+"""`tqai benchmark kernels`: decode attention over codes on one GPU, beside FlashAttention-3 and vLLM's TurboQuant.
+
+With --backend mlx: MLX's kernels, beside mlx-lm's own caches.
+"""
 
 from __future__ import annotations
 
 import datetime
 
-SHAPES = "32x8192,64x2048,1x65536,4x1000,128x1024"
+SHAPES = "32x8192,64x2048,1x65536,4x1000,128x1024,8x131072"
 FORMATS = "tqai_k4v2,tqai_k4v4,tqai_k3v3,tqai_k8v8"
 CALLS_A_GRAPH = 10
 
 
 def add_parser(subparsers):
-    from . import add_json
+    from . import _benchmark_kernels_mlx, add_json
 
-    parser = subparsers.add_parser("kernels", help="decode attention kernels on a CUDA device")
-    parser.add_argument("--shapes", default=SHAPES, help=f"sequences x context, comma-separated ({SHAPES})")
+    parser = subparsers.add_parser("kernels", help="decode attention kernels on a CUDA device, or on MLX's GPU")
+    parser.add_argument("--backend", default="torch", choices=("torch", "mlx"), help="whose kernels (torch)")
+    mlx_shapes = _benchmark_kernels_mlx.DEFAULT_SHAPES
+    parser.add_argument("--shapes", help=f"sequences x context, comma-separated ({SHAPES}; with mlx {mlx_shapes})")
     parser.add_argument("--formats", default=FORMATS, help=f"cache formats ({FORMATS})")
     parser.add_argument("--q-heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--plot", metavar="FILE", help="write a PNG of times against bytes read")
     add_json(parser)
     return parser
 
 
 def run(args) -> int:
+    if args.backend == "mlx":
+        from . import _benchmark_kernels_mlx
+
+        return _benchmark_kernels_mlx.run(args)
     import torch
 
     from . import emit
 
     if not torch.cuda.is_available():
         raise ValueError("benchmark kernels needs a CUDA device; none is here")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes.split(",")]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES).split(",")]
     copy = copy_bandwidth()
     rows = []
     for sequences, context in shapes:
@@ -41,10 +51,12 @@ def run(args) -> int:
 
     data = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "copy_gb_s": copy, "q_heads": args.q_heads, "kv_heads": args.kv_heads,
-        "head_dim": args.head_dim, "rows": rows,
-    }
+        "date": datetime.date.today().isoformat(), "copy_gb_s": copy, "q_heads": args.q_heads,
+        "kv_heads": args.kv_heads, "head_dim": args.head_dim, "rows": rows,
+    }  # fmt: skip
     emit(args, data, lambda: show(data))
+    if args.plot:
+        plot(data, args.plot)
     return 0
 
 
@@ -78,6 +90,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     from tqai_plugins.core.kv_format import KVFormat
     from tqai_plugins.triton_kernels import decode_attention as decode
     from tqai_plugins.triton_kernels.prepare import prepare
+    from tqai_plugins.triton_kernels.recent import RecentPages
     from tqai_plugins.triton_kernels.workspace import Workspace
 
     device, page = torch.device("cuda"), decode.TILE
@@ -85,37 +98,43 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.bfloat16, device=device, generator=generator)
     blocks = -(-context // page)
-    pages = torch.zeros(sequences * blocks, args.kv_heads, fmt.page_layout(page).page_bytes, dtype=torch.uint8, device=device)
+    held = lambda count, layout: torch.zeros(count, args.kv_heads, layout.page_bytes, dtype=torch.uint8, device=device)
+    pages = held(sequences * blocks, fmt.page_layout(page))
     table = torch.randperm(sequences * blocks, device=device, dtype=torch.int32).view(sequences, blocks)
     lengths = torch.full((sequences,), context, dtype=torch.int32, device=device)
     rows = decode.max_partial_rows(sequences, args.q_heads, args.kv_heads, 1, fmt, device)
     workspace = Workspace.allocate(sequences, args.q_heads, args.head_dim, rows, device)
     scale = args.head_dim**-0.5
     token = torch.arange(context, device=device)
+    # Each sequence has 8-bit copies of its last two pages: copies 2 i and 2 i + 1.
+    copies = held(2 * sequences, RecentPages.layout(args.head_dim))
+    copy_table = torch.arange(2 * sequences, dtype=torch.int32, device=device).view(sequences, 2)
+    in_copy = token - (blocks - 2) * page
     for i in range(sequences):
         k, v = draw(context, args.kv_heads, args.head_dim), draw(context, args.kv_heads, args.head_dim)
         slots = table[i].long()[token // page] * page + token % page
-        prepare(None, k, v, pages, slots, workspace, fmt, page, scale)
+        copied = torch.where(in_copy >= 0, in_copy + 2 * i * page, -1).int()
+        prepare(None, k, v, pages, slots, workspace, fmt, page, scale, recent=RecentPages(copies, copied, copy_table))
     query = draw(sequences, args.q_heads, args.head_dim)
     key, value = draw(sequences, args.kv_heads, args.head_dim), draw(sequences, args.kv_heads, args.head_dim)
     last = table[:, (context - 1) // page].long() * page + (context - 1) % page
+    recent = RecentPages(copies, copy_table[:, 1] * page + (context - 1) % page, copy_table)
     out = torch.full_like(query, torch.nan)
-    first = lambda: prepare(query, key, value, pages, last, workspace, fmt, page, scale)
-    attend = lambda: decode.decode_attention(workspace, pages, table, lengths, out, fmt, page)
 
-    def step():
-        first()
-        attend()
+    def step(recent=None):
+        prepare(query, key, value, pages, last, workspace, fmt, page, scale, recent=recent)
+        decode.decode_attention(workspace, pages, table, lengths, out, fmt, page, recent=recent)
 
     step()
     error = _error(query, out, pages, table, fmt, page, context, scale)
     merge, decode.merge = decode.merge, lambda *a, **k: None  # the split kernel alone
-    kernel = _time(attend)
+    kernel = _time(lambda: decode.decode_attention(workspace, pages, table, lengths, out, fmt, page))
     decode.merge = merge
     moved = sequences * context * args.kv_heads * fmt.slot_bytes
     return {
         "name": fmt.name, "sequences": sequences, "context": context, "us": kernel, "step_us": _time(step),
-        "gb_s": moved / kernel / 1e3, "share_of_copy": moved / kernel / 1e3 / copy, "error": error,
+        "step_recent_us": _time(lambda: step(recent)), "gb_s": moved / kernel / 1e3,
+        "share_of_copy": moved / kernel / 1e3 / copy, "error": error,
     }
 
 
@@ -187,13 +206,14 @@ def _upstream(q, table, lengths, args, num_blocks, page):
 
     dim = args.head_dim
     config = TurboQuantConfig.from_cache_dtype("turboquant_4bit_nc", dim)
-    cache = torch.randint(0, 255, (num_blocks, page, args.kv_heads, config.slot_size_aligned), dtype=torch.uint8, device="cuda")
+    shape = num_blocks, page, args.kv_heads, config.slot_size_aligned
+    cache = torch.randint(0, 255, shape, dtype=torch.uint8, device="cuda")
     levels = centroids.solve_lloyd_max(dim, config.centroid_bits)[0].to("cuda")
     turn = torch.linalg.qr(torch.randn(dim, dim, device="cuda"))[0].contiguous()
     back = turn.T.contiguous()
     return lambda: triton_turboquant_decode_attention(
-        q, cache, table, lengths, turn, levels, dim**-0.5, config.key_mse_bits or config.mse_bits, config.key_packed_size,
-        config.value_quant_bits, key_fp8=config.key_fp8, norm_correction=config.norm_correction, PiT=back,
+        q, cache, table, lengths, turn, levels, dim**-0.5, config.key_mse_bits or config.mse_bits,
+        config.key_packed_size, config.value_quant_bits, key_fp8=config.key_fp8, norm_correction=config.norm_correction, PiT=back,
     )
 
 
@@ -202,18 +222,44 @@ def show(data: dict) -> None:
     from rich.table import Table
 
     table = Table(
-        "sequences x context", "kernel", "us", "share of copy", "error", "three launches, us", "x FA3 bf16", "x FA3 fp8",
+        "sequences x context", "kernel", "us", "share of copy", "error", "three launches, us", "and 8-bit copies, us",
+        "x FA3 bf16", "x FA3 fp8",
         title=f"{data['device']}, torch {data['torch']}, triton {data['triton']}; copy {data['copy_gb_s']:.0f} GB/s; "
         f"{data['q_heads']} query heads, {data['kv_heads']} KV heads, head_dim {data['head_dim']}",
     )
-    flash = {(r["name"][-4:].strip(), r["sequences"], r["context"]): r["us"] for r in data["rows"] if "Flash" in r["name"]}
+    peers = [r for r in data["rows"] if "Flash" in r["name"]]
+    flash = {(r["name"][-4:].strip(), r["sequences"], r["context"]): r["us"] for r in peers}
     number = lambda x, spec: "-" if x is None else format(x, spec)
     for r in data["rows"]:
         at = (r["sequences"], r["context"])
         ratio = [flash.get((kind, *at)) for kind in ("bf16", "fp8")]
         table.add_row(
             f"{at[0]} x {at[1]}", r["name"], number(r["us"], ".1f"), number(r.get("share_of_copy"), ".0%"),
-            number(r.get("error"), ".1e"), number(r.get("step_us"), ".1f"),
+            number(r.get("error"), ".1e"), number(r.get("step_us"), ".1f"), number(r.get("step_recent_us"), ".1f"),
             *(number(f / r["us"] if f and r["us"] else None, ".2f") for f in ratio),
         )
     Console(width=140).print(table)
+
+
+def plot(data: dict, path: str) -> None:
+    """Microseconds of each kernel, one group of bars a shape; all three launches where they are ours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys((r["sequences"], r["context"]) for r in data["rows"]))
+    names = list(dict.fromkeys(r["name"] for r in data["rows"]))
+    fig, axes = plt.subplots(1, len(shapes), figsize=(2.6 * len(shapes), 3.6), layout="constrained", squeeze=False)
+    for ax, shape in zip(axes[0], shapes):
+        rows = [r for r in data["rows"] if (r["sequences"], r["context"]) == shape]
+        times = {r["name"]: r.get("step_recent_us") or r["us"] for r in rows}
+        bars = ax.bar(range(len(names)), [times.get(n) or 0 for n in names], color=[f"C{i}" for i in range(len(names))])
+        ax.bar_label(bars, [f"{t:.0f}" if (t := times.get(n)) else "-" for n in names], fontsize=7)
+        ax.set_xticks(range(len(names)), names, rotation=75, ha="right", fontsize=7)
+        ax.set_title(f"{shape[0]} x {shape[1]:,}", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("microseconds a layer and step (ours: all launches)")
+    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}", fontsize=10)
+    fig.savefig(path, dpi=150)
+    plt.close(fig)
