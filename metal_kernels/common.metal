@@ -1,10 +1,10 @@
 // Shared by all kernels here; their .metal files hold bodies, which mx.fast.metal_kernel wraps in a signature.
 //
-// A vector lies in neighbouring lanes of a simdgroup, sixteen coordinates a lane: chunk c holds coordinates
-// 16 c to 16 c + 15. Groups of LANES lanes work on different vectors; in a group the lanes from CHUNKS on idle.
+// A vector lies in neighbouring lanes of a simdgroup, PER coordinates (8 or 16) a lane: chunk c holds coordinates
+// PER c to PER c + PER - 1. Groups of LANES lanes work on different vectors; in a group the lanes from CHUNKS on idle.
 
-template <int D> struct Lanes {
-    static constexpr int CHUNKS = D / 16;
+template <int D, int PER> struct Lanes {
+    static constexpr int CHUNKS = D / PER;
     static constexpr int LANES = CHUNKS <= 1 ? 1 : CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
     static constexpr int GROUPS = 32 / LANES;  // vectors a simdgroup works on at once
 };
@@ -28,34 +28,33 @@ TQAI_FN int hadamard_chunks(int chunks, int c) {
 }
 
 // Orthonormal block Walsh-Hadamard transform, strides 1, 2, 4 ... as core.reference adds them.
-template <int D> TQAI_FN void hadamard(thread float (&y)[16], int c) {
-    UNROLL for (int stride = 1; stride < 16; stride <<= 1)
-        UNROLL for (int i = 0; i < 16; i++)
+template <int D, int PER> TQAI_FN void hadamard(thread float (&y)[PER], int c) {
+    UNROLL for (int stride = 1; stride < PER; stride <<= 1)
+        UNROLL for (int i = 0; i < PER; i++)
             if (!(i & stride)) {
                 const float a = y[i], b = y[i + stride];
                 y[i] = a + b;
                 y[i + stride] = a - b;
             }
-    const int block = hadamard_chunks(Lanes<D>::CHUNKS, c);
-    UNROLL for (int stride = 1; stride < Lanes<D>::LANES; stride <<= 1)
-        UNROLL for (int i = 0; i < 16; i++) {
+    const int block = hadamard_chunks(Lanes<D, PER>::CHUNKS, c);
+    UNROLL for (int stride = 1; stride < Lanes<D, PER>::LANES; stride <<= 1)
+        UNROLL for (int i = 0; i < PER; i++) {
             const float other = simd_shuffle_xor(y[i], ushort(stride));
             if (stride < block) y[i] = c & stride ? other - y[i] : y[i] + other;
         }
-    // 1 / sqrt(16 block), rounded once
-    float norm = 0.25f;
-    for (int size = block; size > 1; size >>= 2) norm *= size == 2 ? 0.70710678118654752f : 0.5f;
-    UNROLL for (int i = 0; i < 16; i++) y[i] *= norm;
+    float norm = 1.0f;  // 1 / sqrt(PER block), rounded once
+    for (int size = PER * block; size > 1; size >>= 2) norm *= size == 2 ? 0.70710678118654752f : 0.5f;
+    UNROLL for (int i = 0; i < PER; i++) y[i] *= norm;
 }
 
-// The sum over the lanes of a group; every lane gets the same bits.
-template <int D> TQAI_FN float group_sum(float x) {
-    UNROLL for (int stride = 1; stride < Lanes<D>::LANES; stride <<= 1) x += simd_shuffle_xor(x, ushort(stride));
+// The sum over neighbouring lanes; every one of them gets the same bits.
+template <int LANES> TQAI_FN float group_sum(float x) {
+    UNROLL for (int stride = 1; stride < LANES; stride <<= 1) x += simd_shuffle_xor(x, ushort(stride));
     return x;
 }
 
-template <int D> TQAI_FN float group_max(float x) {
-    UNROLL for (int stride = 1; stride < Lanes<D>::LANES; stride <<= 1) x = metal::max(x, simd_shuffle_xor(x, ushort(stride)));
+template <int LANES> TQAI_FN float group_max(float x) {
+    UNROLL for (int stride = 1; stride < LANES; stride <<= 1) x = metal::max(x, simd_shuffle_xor(x, ushort(stride)));
     return x;
 }
 
@@ -65,27 +64,28 @@ TQAI_FN int sign_bit(int i) { return 8 * (i >> 2) + (i & 1) + 2 * (i & 2); }
 // A lane's share of the table of levels, of which every lane needs any: see simd_table in the preludes.
 template <int BITS> TQAI_FN int table_place(int lane) { return BITS == 8 ? 0 : lane % (1 << BITS); }
 
-// Sixteen levels of chunk c of the vector whose packed codes begin at `words`. All lanes of a simdgroup come here
+// The levels of chunk c of the vector whose packed codes begin at `words`. All lanes of a simdgroup come here
 // at once: `table` is tables[table_place] of each, and a look-up is a shuffle, whose index counts modulo the table.
-template <int D, int BITS, typename Words>
-TQAI_FN void levels(Words words, float table, int c, thread float (&out)[16]) {
+template <int BITS, int PER, int D, typename Words>
+TQAI_FN void levels(Words words, float table, int c, thread float (&out)[PER]) {
+    const int sixteen = c * PER / 16, half_of_it = PER == 16 ? 0 : 16 * (c & 1);
     if (BITS == 8) {
-        UNROLL for (int w = 0; w < 4; w++) {
-            const uint word = words[4 * c + w];
+        UNROLL for (int w = 0; w < PER / 4; w++) {
+            const uint word = words[PER / 4 * c + w];
             UNROLL for (int i = 0; i < 4; i++) out[4 * w + i] = float(int(word << (24 - 8 * i)) >> 24) + 0.5f;
         }
     } else if (BITS == 4) {
-        UNROLL for (int w = 0; w < 2; w++) {
-            const uint word = words[2 * c + w];
+        UNROLL for (int w = 0; w < PER / 8; w++) {
+            const uint word = words[PER / 8 * c + w];
             UNROLL for (int i = 0; i < 8; i++) out[8 * w + i] = simd_table(table, word >> (4 * i));
         }
     } else if (BITS == 3) {
-        const uint low = words[c];
-        const uint signs = words[2 * Packed<D, BITS>::PAIRS + (c >> 1)] >> (c & 1 ? 0 : 2);
-        UNROLL for (int i = 0; i < 16; i++) out[i] = simd_table(table, (low >> (2 * i) & 3u) | (signs >> sign_bit(i) & 1u) << 2);
+        const uint low = words[sixteen] >> half_of_it;
+        const uint signs = words[2 * Packed<D, BITS>::PAIRS + (sixteen >> 1)] >> ((sixteen & 1 ? 0 : 2) + half_of_it);
+        UNROLL for (int i = 0; i < PER; i++) out[i] = simd_table(table, (low >> (2 * i) & 3u) | (signs >> sign_bit(i) & 1u) << 2);
     } else {
-        const uint word = words[c];
-        UNROLL for (int i = 0; i < 16; i++) out[i] = simd_table(table, word >> (2 * i));
+        const uint word = words[sixteen] >> half_of_it;
+        UNROLL for (int i = 0; i < PER; i++) out[i] = simd_table(table, word >> (2 * i));
     }
 }
 
@@ -93,40 +93,57 @@ TQAI_FN void levels(Words words, float table, int c, thread float (&out)[16]) {
 TQAI_FN float key_scale(uint word) { return float(as_type<half>(ushort(word & 0xffffu))) * (1.0f / SCALE_DENOMINATOR); }
 TQAI_FN float value_scale(uint word) { return float(as_type<half>(ushort(word >> 16))) * (1.0f / SCALE_DENOMINATOR); }
 
-// Attention of G query heads over tokens that lie one a group of lanes, U of them one after the other.
-// score[g][u] = scale * query[g] . key, over all lanes of the group; nothing for a token that is not there.
-template <int D, int G, int U>
-TQAI_FN void dots(thread const float (&query)[G][16], thread const float (&key)[16], float scale, bool live, int u, thread float (&score)[G][U]) {
+// Attention of G query heads over U tokens at once, G and U powers of two. In lane c of a group, slot j is head
+// j ^ (c % G) and slot u is token u ^ (c / G % U): so lane c ends up with the score of its slots 0, 0, and slots j, u
+// are in the hands of lane c ^ (j + G u). Shuffles need no selection then, and a weight is computed once.
+template <int G, int U, int PER>
+TQAI_FN void dots(thread const float (&query)[G][PER], thread const float (&key)[PER], int u, thread float (&score)[G][U]) {
     UNROLL for (int g = 0; g < G; g++) {
-        float dot = 0.0f;
-        UNROLL for (int i = 0; i < 16; i++) dot += query[g][i] * key[i];
-        dot = group_sum<D>(dot) * scale;
-        score[g][u] = live ? dot : -3e38f;
+        score[g][u] = 0.0f;
+        UNROLL for (int i = 0; i < PER; i++) score[g][u] += query[g][i] * key[i];
     }
 }
 
-// Scores to weights under the running base-2 maximum `top`, times what the value's levels are worth.
-template <int G, int U>
-TQAI_FN void soften(thread float (&score)[G][U], thread const float (&worth)[U], thread float (&top)[G], thread float (&total)[G], thread float (&sum)[G][16]) {
-    UNROLL for (int g = 0; g < G; g++) {
-        float highest = score[g][0];
-        UNROLL for (int u = 1; u < U; u++) highest = metal::max(highest, score[g][u]);
-        if (highest > top[g]) {
-            const float shrink = metal::exp2(top[g] - highest);
-            top[g] = highest;
-            total[g] *= shrink;
-            UNROLL for (int i = 0; i < 16; i++) sum[g][i] *= shrink;
-        }
-        UNROLL for (int u = 0; u < U; u++) {
-            score[g][u] = metal::exp2(score[g][u] - top[g]);
-            total[g] += score[g][u];
-            score[g][u] *= worth[u];
-        }
-    }
+// The lane's own score, summed over the group.
+template <int G, int U, int LANES> TQAI_FN float own_score(thread float (&score)[G][U]) {
+    UNROLL for (int stride = 1; stride < G; stride <<= 1)
+        UNROLL for (int g = 0; g < G; g += 2 * stride)
+            UNROLL for (int u = 0; u < U; u++) score[g][u] += simd_shuffle_xor(score[g + stride][u], ushort(stride));
+    UNROLL for (int stride = 1; stride < U; stride <<= 1)
+        UNROLL for (int u = 0; u < U; u += 2 * stride) score[0][u] += simd_shuffle_xor(score[0][u + stride], ushort(G * stride));
+    UNROLL for (int stride = G * U; stride < LANES; stride <<= 1) score[0][0] += simd_shuffle_xor(score[0][0], ushort(stride));
+    return score[0][0];
 }
 
-template <int G, int U>
-TQAI_FN void add(thread const float (&weight)[G][U], thread const float (&value)[16], int u, thread float (&sum)[G][16]) {
-    UNROLL for (int g = 0; g < G; g++)
-        UNROLL for (int i = 0; i < 16; i++) sum[g][i] += weight[g][u] * value[i];
+// What lane c ^ (j + G u) holds.
+template <int G> TQAI_FN float of_slots(float x, int j, int u) {
+    return j + G * u == 0 ? x : simd_shuffle_xor(x, ushort(j + G * u));
+}
+
+// The lane's score to its weight under the head's running base-2 maximum `top`; `total` is that of the lane's tokens.
+template <int G, int U, int PER>
+TQAI_FN float weigh(float score, thread float& top, thread float& total, thread float (&sum)[G][PER]) {
+    float highest = score;
+    UNROLL for (int stride = G; stride < G * U; stride <<= 1) highest = metal::max(highest, simd_shuffle_xor(highest, ushort(stride)));
+    if (simd_any(highest > top)) {
+        highest = metal::max(highest, top);
+        const float shrink = metal::exp2(top - highest);
+        top = highest;
+        total *= shrink;
+        UNROLL for (int g = 0; g < G; g++) {
+            const float factor = of_slots<G>(shrink, g, 0);
+            UNROLL for (int i = 0; i < PER; i++) sum[g][i] *= factor;
+        }
+    }
+    const float weight = metal::exp2(score - top);
+    total += weight;
+    return weight;
+}
+
+template <int G, int PER>
+TQAI_FN void add(float weight, thread const float (&value)[PER], int u, thread float (&sum)[G][PER]) {
+    UNROLL for (int g = 0; g < G; g++) {
+        const float share = of_slots<G>(weight, g, u);
+        UNROLL for (int i = 0; i < PER; i++) sum[g][i] += share * value[i];
+    }
 }

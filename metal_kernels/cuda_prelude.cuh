@@ -15,6 +15,7 @@ template <class T, class U> TQAI_FN T as_type(U from) { return *reinterpret_cast
 template <class T> TQAI_FN T simd_shuffle_xor(T v, ushort mask) { return __shfl_xor_sync(~0u, v, mask); }
 // The value of lane `index` modulo 32.
 TQAI_FN float simd_table(float v, uint index) { return __shfl_sync(~0u, v, index); }
+TQAI_FN bool simd_any(bool v) { return __any_sync(~0u, v); }
 template <class T> TQAI_FN T simd_sum(T v) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
     return v;

@@ -7,10 +7,11 @@
 //   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, KV heads
 //   rows [2, batch]: first column of a sequence, first column that `recent` holds
 // -> sums [batch, q_heads, splits, D], stats [batch, q_heads, splits, 2]: base-2 maximum and total weight.
-// D: head_dim; BK, BV: bits; GROUP: query heads a KV head; G: those of a block; U: tokens a lane takes at once;
-// SG: simdgroups a threadgroup; EXACT: whether there are exact tokens.
+// D: head_dim; BK, BV: bits; GROUP: query heads a KV head; G: those of a block; U: tokens a group of lanes takes at
+// once (see dots in common.metal); PER: coordinates a lane; SG: simdgroups a threadgroup; EXACT: whether there are
+// exact tokens.
 
-    constexpr int CHUNKS = Lanes<D>::CHUNKS, LANES = Lanes<D>::LANES, GROUPS = Lanes<D>::GROUPS;
+    constexpr int CHUNKS = Lanes<D, PER>::CHUNKS, LANES = Lanes<D, PER>::LANES, GROUPS = Lanes<D, PER>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;
     constexpr int BLOCKS = (GROUP + G - 1) / G;
     threadgroup float tops[SG * G], totals[SG * G], parts[SG * G * D];
@@ -35,85 +36,97 @@
         end = metal::min(begin + share, metal::min(near, sizes[0]));
     }
 
-    float query[G][16], sum[G][16], top[G], total[G];
+    float query[G][PER], sum[G][PER], top = -1e30f, total = 0.0f;
     UNROLL for (int g = 0; g < G; g++) {
         const bool real = mine && first_head + g < GROUP;
-        const size_t at = (size_t(b) * heads * GROUP + kv_head * GROUP + first_head + g) * D + 16 * chunk;
-        UNROLL for (int i = 0; i < 16; i++) query[g][i] = real ? float(q[at + i]) * (exact ? 1.0f : tables[1 + 16 * chunk + i]) : 0.0f;
-        if (!exact) hadamard<D>(query[g], chunk);
-        UNROLL for (int i = 0; i < 16; i++) {
+        const size_t at = (size_t(b) * heads * GROUP + kv_head * GROUP + first_head + g) * D + PER * chunk;
+        UNROLL for (int i = 0; i < PER; i++) query[g][i] = real ? float(q[at + i]) * (exact ? 1.0f : tables[1 + PER * chunk + i]) : 0.0f;
+        if (!exact) hadamard<D, PER>(query[g], chunk);
+        UNROLL for (int i = 0; i < PER; i++) {
             query[g][i] = mine ? query[g][i] * tables[0] : 0.0f;
             sum[g][i] = 0.0f;
         }
-        top[g] = -1e30f;
-        total[g] = 0.0f;
     }
+    const int own_head = chunk % G, own_token = chunk / G % U;
+    UNROLL for (int stride = 1; stride < G; stride <<= 1)  // head g to slot g ^ own_head
+        UNROLL for (int g = 0; g < G; g++)
+            if (!(g & stride))
+                UNROLL for (int i = 0; i < PER; i++) {
+                    const float a = query[g][i], b = query[g + stride][i];
+                    query[g][i] = own_head & stride ? b : a;
+                    query[g + stride][i] = own_head & stride ? a : b;
+                }
+    int place[U];  // of the tokens in this lane's slots
+    UNROLL for (int u = 0; u < U; u++) place[u] = (u ^ own_token) * GROUPS + lane / LANES;
 
     if (exact) {
         const int sink_count = sink_end - sink_begin;
         const size_t key_row = size_t(b) * 2 * heads + kv_head, value_row = key_row + heads;
-        for (int step = begin + sg * GROUPS; step < end; step += SG * GROUPS) {
-            const int t = step + lane / LANES, at = metal::min(t, end - 1);
-            const bool first = at < sink_count;
-            const int column = first ? sink_begin + at : near_begin + at - sink_count;
-            const int ring = sizes[4] + column - (sizes[0] - sizes[3]);
-            const size_t place = first ? column - start : ring >= sizes[3] ? ring - sizes[3] : ring;
-            float number[16], score[G][1];
-            const float worth[1] = {1.0f};
-            UNROLL for (int i = 0; i < 16; i++) number[i] = 0.0f;
-            if (mine)
-                UNROLL for (int i = 0; i < 16; i++)
-                    number[i] = first ? float(sinks[(key_row * sizes[5] + place) * D + 16 * chunk + i])
-                                      : float(recent[(key_row * sizes[3] + place) * D + 16 * chunk + i]);
-            dots<D, G, 1>(query, number, 1.0f, t < end, 0, score);
-            soften<G, 1>(score, worth, top, total, sum);
-            if (mine) {
-                UNROLL for (int i = 0; i < 16; i++)
-                    number[i] = first ? float(sinks[(value_row * sizes[5] + place) * D + 16 * chunk + i])
-                                      : float(recent[(value_row * sizes[3] + place) * D + 16 * chunk + i]);
-                add<G, 1>(score, number, 0, sum);
+        for (int step = begin + sg * GROUPS * U; step < end; step += SG * GROUPS * U) {
+            float score[G][U], number[PER];
+            UNROLL for (int i = 0; i < PER; i++) number[i] = 0.0f;
+            size_t at[U];
+            bool first[U];
+            UNROLL for (int u = 0; u < U; u++) {
+                const int t = metal::min(step + place[u], end - 1);
+                first[u] = t < sink_count;
+                const int column = first[u] ? sink_begin + t : near_begin + t - sink_count;
+                const int ring = sizes[4] + column - (sizes[0] - sizes[3]);
+                at[u] = (first[u] ? column - start : ring >= sizes[3] ? ring - sizes[3] : ring) * size_t(D) + PER * chunk;
+            }
+            UNROLL for (int u = 0; u < U; u++) {
+                const device E* from = first[u] ? sinks + key_row * sizes[5] * D : recent + key_row * sizes[3] * D;
+                if (mine)
+                    UNROLL for (int i = 0; i < PER; i++) number[i] = float(from[at[u] + i]);
+                dots<G, U, PER>(query, number, u, score);
+            }
+            const float found = own_score<G, U, LANES>(score);
+            const float weight = weigh<G, U, PER>(step + place[0] < end ? found : -3e38f, top, total, sum);
+            UNROLL for (int u = 0; u < U; u++) {
+                const device E* from = first[u] ? sinks + value_row * sizes[5] * D : recent + value_row * sizes[3] * D;
+                if (mine)
+                    UNROLL for (int i = 0; i < PER; i++) number[i] = float(from[at[u] + i]);
+                add<G, PER>(weight, number, u, sum);
             }
         }
     } else {
         const device uint* row = slots + (size_t(b) * heads + kv_head) * sizes[2] * WORDS;
         const float key_level = tables[1 + D + table_place<BK>(lane)], value_level = tables[17 + D + table_place<BV>(lane)];
+        const int part = mine ? chunk : 0;  // idle lanes' queries are zero
         for (int step = begin + sg * GROUPS * U; step < end; step += SG * GROUPS * U) {
-            float score[G][U], worth[U];
+            const uint scales = row[size_t(metal::min(step + place[0], end - 1)) * WORDS + KW + VW];
+            float score[G][U], level[PER];
             UNROLL for (int u = 0; u < U; u++) {
-                const int t = step + u * GROUPS + lane / LANES;
-                const device uint* slot = row + size_t(metal::min(t, end - 1)) * WORDS;
-                const uint scales = slot[KW + VW];
-                worth[u] = value_scale(scales);
-                float level[16];
-                levels<D, BK>(slot, key_level, mine ? chunk : 0, level);  // idle lanes' queries are zero
-                dots<D, G, U>(query, level, key_scale(scales), t < end, u, score);
+                levels<BK, PER, D>(row + size_t(metal::min(step + place[u], end - 1)) * WORDS, key_level, part, level);
+                dots<G, U, PER>(query, level, u, score);
             }
-            soften<G, U>(score, worth, top, total, sum);
+            const float found = own_score<G, U, LANES>(score) * key_scale(scales);
+            const float weight = weigh<G, U, PER>(step + place[0] < end ? found : -3e38f, top, total, sum) * value_scale(scales);
             UNROLL for (int u = 0; u < U; u++) {
-                const int t = step + u * GROUPS + lane / LANES;
-                float level[16];
-                levels<D, BV>(row + size_t(metal::min(t, end - 1)) * WORDS + KW, value_level, mine ? chunk : 0, level);
-                add<G, U>(score, level, u, sum);
+                levels<BV, PER, D>(row + size_t(metal::min(step + place[u], end - 1)) * WORDS + KW, value_level, part, level);
+                add<G, PER>(weight, level, u, sum);
             }
         }
     }
 
-    // The groups of a simdgroup, then the simdgroups.
+    // The tokens of a group, the groups of a simdgroup, then the simdgroups.
+    UNROLL for (int stride = G; stride < G * U; stride <<= 1) total += simd_shuffle_xor(total, ushort(stride));
+    float highest = top;
+    UNROLL for (int stride = LANES; stride < 32; stride <<= 1) highest = metal::max(highest, simd_shuffle_xor(highest, ushort(stride)));
+    const float shrink = metal::exp2(top - highest);
+    total *= shrink;
+    UNROLL for (int stride = LANES; stride < 32; stride <<= 1) total += simd_shuffle_xor(total, ushort(stride));
     UNROLL for (int g = 0; g < G; g++) {
-        float highest = top[g];
-        UNROLL for (int stride = LANES; stride < 32; stride <<= 1) highest = metal::max(highest, simd_shuffle_xor(highest, ushort(stride)));
-        const float shrink = metal::exp2(top[g] - highest);
-        total[g] *= shrink;
-        UNROLL for (int stride = LANES; stride < 32; stride <<= 1) total[g] += simd_shuffle_xor(total[g], ushort(stride));
-        UNROLL for (int i = 0; i < 16; i++) {
-            sum[g][i] *= shrink;
+        const float factor = of_slots<G>(shrink, g, 0);
+        UNROLL for (int i = 0; i < PER; i++) {
+            sum[g][i] *= factor;
             UNROLL for (int stride = LANES; stride < 32; stride <<= 1) sum[g][i] += simd_shuffle_xor(sum[g][i], ushort(stride));
-            if (lane < CHUNKS) parts[(sg * G + g) * D + 16 * chunk + i] = sum[g][i];
+            if (lane < CHUNKS) parts[(sg * G + (g ^ own_head)) * D + PER * chunk + i] = sum[g][i];
         }
-        if (lane == 0) {
-            tops[sg * G + g] = highest;
-            totals[sg * G + g] = total[g];
-        }
+    }
+    if (lane < G) {
+        tops[sg * G + lane] = highest;
+        totals[sg * G + lane] = total;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int at = thread_index_in_threadgroup; at < G * D; at += SG * 32) {

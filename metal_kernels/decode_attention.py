@@ -8,11 +8,12 @@ import mlx.core as mx
 
 from ..core.kv_format import KVFormat
 from . import launch, tables
-from .store import vectors_at_once
+from .store import lanes
 
-HEADS_AT_ONCE = 4  # query heads whose sums a lane holds; more KV group members read the slots again
-TOKENS_AT_ONCE = 4  # tokens of a lane between two looks at the running maximum
-THREADGROUPS = 384  # enough for three on each of an H100's 132 multiprocessors
+HEADS_AT_ONCE = 4  # query heads that share a reading of the slots, a power of two
+TOKENS_AT_ONCE = 4  # tokens that lanes take at once, a power of two
+NUMBERS = 64  # of queries and sums, each in a lane's registers
+THREADGROUPS = 528  # four on each of an H100's 132 multiprocessors, all there at once
 MERGE_SIMDGROUPS = 4
 
 
@@ -43,13 +44,16 @@ def decode_attention(
     batch, q_heads, _, head_dim = queries.shape
     heads = slots.shape[1]
     group = q_heads // heads
-    blocks = -(-group // HEADS_AT_ONCE)
-    together = -(-group // blocks)
+    coordinates = 8 if head_dim <= 256 else 16
+    across = lanes(head_dim, coordinates)  # lanes of one vector
+    together = min(HEADS_AT_ONCE, across, NUMBERS // 2 // coordinates, 1 << (group - 1).bit_length())
+    tokens = min(TOKENS_AT_ONCE, across // together)
+    blocks = -(-group // together)
     simdgroups = max(1, min(4, 4096 // (together * head_dim)))  # 16 KiB of threadgroup memory
-    at_once = simdgroups * vectors_at_once(head_dim) * TOKENS_AT_ONCE
-    if splits is None:
-        splits = max(1, min(-(-length // at_once), THREADGROUPS // (batch * heads * blocks)))
     exact = recent is not None or sinks is not None
+    if splits is None:
+        at_once = simdgroups * 32 // across * tokens
+        splits = max(1, min(-(-length // at_once), THREADGROUPS // (batch * heads * blocks) - exact))
     dtype = next((x.dtype for x in (recent, sinks) if x is not None), queries.dtype)
     none = tables.nothing(dtype)
     counts = [0 if x is None else x.shape[2] for x in (recent, sinks)]
@@ -65,7 +69,7 @@ def decode_attention(
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
             "T": queries.dtype, "E": dtype, "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group,
-            "G": together, "U": TOKENS_AT_ONCE, "SG": simdgroups, "EXACT": int(exact),
+            "G": together, "U": tokens, "PER": coordinates, "SG": simdgroups, "EXACT": int(exact),
         },
         (parts, heads * blocks, batch),
         simdgroups,

@@ -4,7 +4,7 @@
 // extra [q_heads]: logits without a value, times log2(e), of which SINKS says whether they count; sizes: splits of codes
 // -> out [batch, q_heads, 1, D] of type T. D: head_dim; SG: simdgroups; EXACT: whether the last split is of exact tokens.
 
-    constexpr int CHUNKS = Lanes<D>::CHUNKS, LANES = Lanes<D>::LANES, GROUPS = Lanes<D>::GROUPS;
+    constexpr int CHUNKS = Lanes<D, 16>::CHUNKS, LANES = Lanes<D, 16>::LANES, GROUPS = Lanes<D, 16>::GROUPS;
     threadgroup float parts[SG * D];
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup, chunk = lane % LANES;
     const int splits = sizes[0], all = splits + EXACT;
@@ -36,7 +36,7 @@
             if (chunk < CHUNKS)
                 for (int k = 0; k < SG; k++) sum[i] += parts[k * D + 16 * chunk + i];
         }
-        hadamard<D>(sum, chunk);
+        hadamard<D, 16>(sum, chunk);
         if (lane < CHUNKS) {
             const float last = EXACT ? metal::exp2(stats[2 * (head * all + splits)] - top) : 0.0f;
             UNROLL for (int i = 0; i < 16; i++) {

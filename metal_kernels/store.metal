@@ -3,7 +3,7 @@
 // keys, values [batch, kv_heads, tokens, D], tables (see store.py), count [1 of 8]: vectors -> slots [.., WORDS]
 // D: head_dim; BK, BV: bits; SG: simdgroups a threadgroup.
 
-    constexpr int CHUNKS = Lanes<D>::CHUNKS, LANES = Lanes<D>::LANES, GROUPS = Lanes<D>::GROUPS;
+    constexpr int CHUNKS = Lanes<D, 16>::CHUNKS, LANES = Lanes<D, 16>::LANES, GROUPS = Lanes<D, 16>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;
     const int lane = thread_index_in_simdgroup, chunk = lane % LANES;
     const int vector = (threadgroup_position_in_grid.x * SG + simdgroup_index_in_threadgroup) * GROUPS + lane / LANES;
@@ -15,7 +15,7 @@
             const size_t at = size_t(vector) * D + 16 * chunk + i;
             y[i] = mine ? (part ? float(values[at]) : float(keys[at])) * tables[16 * chunk + i] : 0.0f;
         }
-        hadamard<D>(y, chunk);
+        hadamard<D, 16>(y, chunk);
         if (!mine)  // a block's idle lanes got sums of nothing
             UNROLL for (int i = 0; i < 16; i++) y[i] = 0.0f;
         const int bits = part ? BV : BK, book = D + 8 + 16 * part;  // unit, 8 magnitudes, 7 boundaries
@@ -25,8 +25,8 @@
             squares += y[i] * y[i];
             top = metal::max(top, size[i]);
         }
-        squares = group_sum<D>(squares);
-        top = group_max<D>(top);
+        squares = group_sum<LANES>(squares);
+        top = group_max<LANES>(top);
         const float rms = metal::sqrt(squares / D);
         const bool finite = (as_type<uint>(rms) & 0x7f800000u) != 0x7f800000u;
         const bool usable = finite && rms > SMALLEST_RMS;
@@ -49,8 +49,8 @@
                     energy += level * level;
                 }
             }
-            along = group_sum<D>(along);
-            energy = group_sum<D>(energy);
+            along = group_sum<LANES>(along);
+            energy = group_sum<LANES>(energy);
             const float merit = along * along / energy;
             if (merit > best) {
                 best = merit;

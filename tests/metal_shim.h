@@ -190,6 +190,12 @@ template <class T> T simd_shuffle_xor(T v, ushort mask, LINE) {
 template <class T> T simd_shuffle(T v, ushort lane, LINE) {
     return shim::value<T>(shim::in_simdgroup(v, "simd_shuffle", line)[lane]);
 }
+inline bool simd_any(bool v, LINE) {
+    const uint64_t* all = shim::in_simdgroup(v, "simd_any", line);
+    bool any = false;
+    for (int i = 0; i < 32; i++) any |= shim::value<bool>(all[i]);
+    return any;
+}
 template <class T> T simd_sum(T v, LINE) {
     const uint64_t* all = shim::in_simdgroup(v, "simd_sum", line);
     T sum = shim::value<T>(all[0]);

@@ -29,6 +29,7 @@ typedef uint uint3 __attribute__((ext_vector_type(3)));
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);
 namespace metal {
+bool simd_any(bool);
 template <class T> T simd_sum(T); template <class T> T simd_max(T);
 template <class T> T simd_shuffle(T, ushort); template <class T> T simd_shuffle_xor(T, ushort);
 template <class T> T max(T, T); template <class T> T min(T, T); template <class T> T clamp(T, T, T);

@@ -133,9 +133,9 @@ def test_a_missing_barrier_is_caught(monkeypatch, kernel, edit):
 
 
 def divergent(text: str) -> str:
-    reduction = "dot = group_sum<D>(dot) * scale;"
+    reduction = "const float found = own_score<G, U, LANES>(score) * key_scale(scales);"
     assert reduction in text
-    return text.replace(reduction, "if (lane < 7) dot = group_sum<D>(dot) * scale;")
+    return text.replace(reduction, "float found = 0.0f; if (lane < 7) found = own_score<G, U, LANES>(score) * key_scale(scales);")
 
 
 def half_a_barrier(text: str) -> str:
