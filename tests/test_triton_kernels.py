@@ -10,6 +10,7 @@ from tqai_plugins.core import reference  # noqa: E402
 from tqai_plugins.core.codebook import Codebook  # noqa: E402
 from tqai_plugins.core.kv_format import KVFormat  # noqa: E402
 from tqai_plugins.core.rotation import Rotation  # noqa: E402
+from tqai_plugins.triton_kernels import device_tables  # noqa: E402
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows  # noqa: E402
 from tqai_plugins.triton_kernels.dequantize import dequantize  # noqa: E402
 from tqai_plugins.triton_kernels.prepare import TILINGS, prepare  # noqa: E402
@@ -328,3 +329,18 @@ def test_graph_replay_with_changed_lengths():
     out.fill_(torch.nan)
     graph.replay()
     assert_close(out.float().cpu().numpy(), step.expected())
+
+
+@pytest.mark.cuda
+def test_all_tables_of_a_format_can_be_made_ahead():
+    step = Step(KVFormat(4, 3, 128), 1, 2, [70], 64)
+    step.keep_recent([[0, 1]])
+    d = device_tables
+    tables = (d.signed_hadamard, d.norms, d.levels, d.encoder, d.lifts)
+    for table in tables:
+        table.cache_clear()
+    device_tables.make_all(step.fmt, DTYPE, step.pages.device)
+    made = [table.cache_info().misses for table in tables]
+    step.store()
+    step.attend()
+    assert [table.cache_info().misses for table in tables] == made

@@ -206,7 +206,6 @@ def _decode_kernel(
     RECENT_V_CODES: tl.constexpr, RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
-    NUM_KV_HEADS: tl.constexpr = NUM_Q_HEADS // GROUP
     TILES_OF_ROWS: tl.constexpr = (GROUP * QUERY_LEN + H - 1) // H
     C: tl.constexpr = 2 * H
     sequence = tl.program_id(0)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 
 import torch
+import triton
 from tqai_plugins.core.codebook import SEARCH, Codebook
+from tqai_plugins.core.kv_format import KVFormat, recent_format
 from tqai_plugins.core.rotation import Rotation, block_norm, hadamard_rows
 
 
@@ -56,3 +58,16 @@ def encoder(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
     if bits == 8:
         return torch.zeros(1, device=device)
     return torch.tensor([*(s * book.unit for s in SEARCH), *book.boundaries, *book.magnitudes], device=device)
+
+
+def make_all(fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
+    """Make every table that a GPU's kernels take for a format now: a server may later allocate memory whose
+    contents it gives away (vLLM's sleep mode)."""
+    padded = triton.next_power_of_2(fmt.head_dim)
+    signed_hadamard(fmt.head_dim, padded, dtype, device)
+    signed_hadamard(fmt.head_dim, padded, torch.bfloat16, device, back=True)
+    norms(fmt.head_dim, padded, device)
+    lifts(device)
+    for bits in (fmt.bits_k, fmt.bits_v, recent_format(fmt.head_dim).bits_k):
+        levels(fmt.head_dim, bits, device)
+        encoder(fmt.head_dim, bits, device)

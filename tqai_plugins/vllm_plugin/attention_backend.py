@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, SERVED_NAMES, KVFormat, is_tqai, recent_format
 from tqai_plugins.torch_kernels.recent import RecentCopies
+from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
 from tqai_plugins.triton_kernels.dequantize import dequantize
 from tqai_plugins.triton_kernels.merge import MERGE_VARIANTS, merge
@@ -245,6 +246,7 @@ class Impl(TurboQuantAttentionImpl):
         """After the weights and before vLLM measures free memory: reserve what is not a page."""
         metrics.announce(self.config, "Triton with byte permutes (PTX)" if self.ptx else "plain Triton")
         device = self.workspace.planes.device
+        device_tables.make_all(self.fmt, act_dtype, device)
         if self.sinks is not None:
             self.sinks = self.sinks.to(torch.float32)
         tokens = prefill.tile_tokens(self.num_kv_heads, self.head_size, act_dtype)

@@ -51,6 +51,8 @@ def why_none(config) -> str | None:
         return f"blocks of {cache.block_size} tokens; multiples of {RECENT_PAGE_TOKENS} have them"
     if config.kv_transfer_config is not None:
         return "a KV connector writes pages that the copies would not follow"
+    if getattr(config.model_config, "enable_sleep_mode", False):
+        return "sleep mode gives away the memory of their books"
     if getattr(config.parallel_config, "enable_dbo", False):
         return "dual batch overlap"
     return None
