@@ -70,3 +70,18 @@ def test_the_module_runs_as_the_command():
     command = [sys.executable, "-m", "tqai", "info", "--head-dim", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("tqai: head_dim is 1") and "Traceback" not in done.stderr
+
+
+def test_plots_are_drawn_from_the_results_of_this_project(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from tqai import results
+
+    drawn = output(capsys, "benchmark", "plots", "--out", str(tmp_path)).split()
+    assert {file.stem for file in tmp_path.iterdir()} == {path.rsplit("/")[-1][:-4] for path in drawn}
+    assert {"quality_smollm2", "kernels_h100"} <= {file.stem for file in tmp_path.iterdir()} <= {
+        file.stem for file in results.folder().glob("*.json")
+    }  # fmt: skip
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.iterdir())
+    assert main(["benchmark", "plots", "/no/such/folder"]) == 2
+    assert main(["benchmark", "plots", str(tmp_path)]) == 2
+    assert "has no results: no file called codebooks_*.json" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import importlib
 import importlib.metadata
 import json
 import pkgutil
+import shlex
 import sys
 
 
@@ -31,6 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def emit(args: argparse.Namespace, data: dict, show) -> None:
     """Print data as JSON with --json, else call show(). `--json FILE` writes the file and shows too."""
+    data = {"command": args.command} | data
     if args.json == "-":
         print(json.dumps(data, indent=1))
         return
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
+    args.command = shlex.join(["tqai", *argv])
     try:
         if args.version:
             from tqai import __version__

@@ -55,6 +55,7 @@ def measure(head_dim: int, bits: int, vectors: int, seed: int) -> dict:
 
 def run(args) -> int:
     from . import emit
+    from .benchmark_quality import machine
 
     if args.vectors < 1:
         raise ValueError(f"--vectors is {args.vectors}; allowed are 1 and more")
@@ -76,18 +77,20 @@ def run(args) -> int:
             )
         Console().print(table)
 
-    emit(args, {"head_dim": args.head_dim, "vectors": args.vectors, "rows": rows}, show)
+    data = {"head_dim": args.head_dim, "vectors": args.vectors, "machine": machine("numpy"), "rows": rows}
+    emit(args, data, show)
     if args.plot:
-        _plot(rows, args.plot)
+        plot(data, args.plot)
     return 0
 
 
-def _plot(rows: list[dict], path: str) -> None:
+def plot(data: dict, path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = data["rows"]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     bits = [r["bits"] for r in rows]
     for key, label, style in (

@@ -87,6 +87,7 @@ def compared(book) -> dict:
 
 def report(args) -> int:
     from . import emit
+    from .benchmark_quality import machine
 
     rows = []
     for head_dim in _numbers(args.head_dims, "--head-dims"):
@@ -96,9 +97,10 @@ def report(args) -> int:
                     book, seconds = solved(head_dim, bits, solver, objective, args.seed)
                     head = {"head_dim": head_dim, "bits": bits, "solver": solver, "objective": objective}
                     rows.append({**head, "seconds": seconds, **compared(book), "magnitudes": book.magnitudes})
-    emit(args, {"seed": args.seed, "held_out_vectors": HELD_OUT_SAMPLES, "rows": rows}, lambda: show_report(rows))
+    data = {"seed": args.seed, "held_out_vectors": HELD_OUT_SAMPLES, "machine": machine("numpy"), "rows": rows}
+    emit(args, data, lambda: show_report(rows))
     if args.plot:
-        plot({"rows": rows}, args.plot)
+        plot(data, args.plot)
     return 0
 
 
