@@ -7,34 +7,48 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from ..core.kv_format import DEFAULT_NAME, parse_name
+from ..core import converted_folder
+from ..core.kv_format import parse_name
 
 REPLACED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start")  # mlx-lm's own quantized cache
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of the cache; the format's names are vLLM's."""
-    parser.add_argument("--kv-cache-dtype", default=DEFAULT_NAME, help="tqai (4 and 2 bits) or tqai_k<bits>v<bits>")
+    parser.add_argument(
+        "--kv-cache-dtype", help="tqai (4 and 2 bits) or tqai_k<bits>v<bits> (what a folder of `tqai convert` is for, or tqai)"
+    )  # fmt: skip
     parser.add_argument("--sink-tokens", type=int, help="first tokens that stay exact (4)")
     parser.add_argument("--residual-window", type=int, default=128, help="newest tokens that stay exact (128)")
     parser.add_argument("--cache-strategy", default="auto", help="auto (residual), residual, full or incremental")
 
 
 def cache_options(args: argparse.Namespace) -> dict:
-    """Keyword arguments of install, checked; ValueError says what is wrong."""
+    """Keyword arguments of install, checked; ValueError says what is wrong. Widths are in it if they were given."""
     from .options import CacheOptions
 
-    bits_k, bits_v = parse_name(args.kv_cache_dtype)
     options = {
-        "bits_k": bits_k, "bits_v": bits_v, "sink_tokens": args.sink_tokens,
-        "residual_window": args.residual_window, "cache_strategy": args.cache_strategy,
+        "sink_tokens": args.sink_tokens, "residual_window": args.residual_window, "cache_strategy": args.cache_strategy,
     }  # fmt: skip
+    if args.kv_cache_dtype:
+        options["bits_k"], options["bits_v"] = parse_name(args.kv_cache_dtype)
     CacheOptions.of(**options)
     return options
+
+
+def folder_widths(model: str) -> dict:
+    """bits_k and bits_v that a folder of `tqai convert` is for, all of whose files are checked; nothing for others."""
+    if not converted_folder.verify(model):
+        return {}
+    entry = json.loads((Path(model) / "config.json").read_text()).get(converted_folder.ENTRY)
+    bits_k, bits_v = parse_name(converted_folder.format_of(entry))
+    return {"bits_k": bits_k, "bits_v": bits_v}
 
 
 def with_caches(load: Callable, options: dict, refused: Callable[[ValueError], None] | None = None) -> Callable:
@@ -43,9 +57,11 @@ def with_caches(load: Callable, options: dict, refused: Callable[[ValueError], N
 
     @functools.wraps(load)
     def loaded(*args, **kwargs):
-        result = load(*args, **kwargs)
+        model = args[0] if args else kwargs.get("path_or_hf_repo") or kwargs.get("repo")
         try:
-            install(result[0], **options)
+            widths = folder_widths(model)
+            result = load(*args, **kwargs)
+            install(result[0], **(widths | options))
         except ValueError as error:
             if refused:
                 refused(error)
