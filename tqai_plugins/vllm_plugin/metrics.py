@@ -161,8 +161,12 @@ class Meter:
         self.vectors = sum(2 * layer.num_kv_heads for layer in own)
         self.windows = Counter(getattr(layer, "sliding_window", None) for layer in layers)
         self.served = None if recent is None else _Served(recent.wanted_served)
+        for name in ("tqai_vectors_quantized", "tqai_tokens_read"):
+            self.files.add(name, 0)  # shown from the start
         if recent is not None:
             self.files.set("tqai_recent_copies", recent.owner.shape[0])
+            self.files.add("tqai_recent_pages_read", 0)
+            self.files.add("tqai_fallbacks", 0, reason=NO_COPY)
         self._capacity()
 
     def _capacity(self) -> None:
