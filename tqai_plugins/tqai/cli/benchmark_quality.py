@@ -23,8 +23,8 @@ def add_parser(subparsers):
         "quality", help="perplexity, KL divergence and top-1 agreement against the uncompressed model"
     )
     parser.add_argument(
-        "--runtime", default="transformers", choices=("transformers", "vllm"),
-        help="whose cache: transformers' (transformers), or that of `vllm serve`, which this starts for each format",
+        "--runtime", "--backend", default="transformers", choices=("transformers", "vllm", "mlx"),
+        help="whose cache: transformers' (transformers), mlx-lm's, or that of `vllm serve`, which this starts for each format",
     )  # fmt: skip
     parser.add_argument("--model", default="demo", help="Hugging Face id, folder, GGUF file or demo (demo)")
     parser.add_argument("--text", type=Path, help="text to read (a built-in one, long enough for --context 512)")
@@ -80,6 +80,10 @@ def run(args) -> int:
         from . import _benchmark_quality_vllm
 
         return _benchmark_quality_vllm.run(args)
+    if args.runtime == "mlx":
+        from . import _benchmark_quality_mlx
+
+        return _benchmark_quality_mlx.run(args)
     import torch
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
@@ -162,8 +166,8 @@ def read_text(path: Path | None) -> str:
 
 
 def split_windows(tokens, context: int, windows: int):
-    """[windows, context] of a token sequence: evenly spaced and not overlapping."""
-    import torch
+    """[windows, context] of a token sequence, a tensor or an array: evenly spaced and not overlapping."""
+    import numpy as np
 
     if len(tokens) < context * windows:
         raise ValueError(
@@ -171,7 +175,7 @@ def split_windows(tokens, context: int, windows: int):
             "give a longer --text, or less --windows or --context"
         )
     stride = len(tokens) // windows
-    return torch.stack([tokens[i * stride : i * stride + context] for i in range(windows)])
+    return tokens[np.arange(windows)[:, None] * stride + np.arange(context)]
 
 
 def machine(*packages: str) -> dict:
