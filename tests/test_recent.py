@@ -7,9 +7,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS as PAGE  # noqa: E402
-from tqai_plugins.torch_kernels import recent  # noqa: E402
-from tqai_plugins.torch_kernels.recent import RecentCopies, claim  # noqa: E402
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS as PAGE
+from tqai_plugins.torch_kernels import recent
+from tqai_plugins.torch_kernels.recent import RecentCopies, claim
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -6,16 +6,17 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from tqai_plugins.core import reference  # noqa: E402
-from tqai_plugins.core.codebook import Codebook  # noqa: E402
-from tqai_plugins.core.kv_format import KVFormat  # noqa: E402
-from tqai_plugins.core.rotation import Rotation  # noqa: E402
-from tqai_plugins.triton_kernels import device_tables  # noqa: E402
-from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows  # noqa: E402
-from tqai_plugins.triton_kernels.dequantize import dequantize  # noqa: E402
-from tqai_plugins.triton_kernels.prepare import TILINGS, prepare  # noqa: E402
-from tqai_plugins.triton_kernels.recent import RecentPages  # noqa: E402
-from tqai_plugins.triton_kernels.workspace import Workspace  # noqa: E402
+from tqai_plugins.triton_kernels import device_tables
+from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows
+from tqai_plugins.triton_kernels.dequantize import dequantize
+from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
+from tqai_plugins.triton_kernels.recent import RecentPages
+from tqai_plugins.triton_kernels.workspace import Workspace
+
+from tqai_plugins.core import reference
+from tqai_plugins.core.codebook import Codebook
+from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.core.rotation import Rotation
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter does not multiply bfloat16; float16 rounds the output to 5e-4.
@@ -36,7 +37,7 @@ class Step:
             0, 256, (batch * pages_each + 1, kv_heads, fmt.page_layout(page).page_bytes), dtype=torch.uint8, generator=g
         ).to(DEVICE)
         self.table = torch.randperm(batch * pages_each, generator=g).int().view(batch, pages_each).to(DEVICE)
-        draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE, DTYPE)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE, DTYPE)
         self.q = draw(batch * query_len, kv_heads * group, d)
         self.k, self.v = draw(sum(lengths), kv_heads, d), draw(sum(lengths), kv_heads, d)
         slots = [
@@ -319,7 +320,7 @@ def test_graph_replay_with_changed_lengths():
     step.store()
     lengths = torch.tensor(step.lengths, dtype=torch.int32, device=DEVICE)
     out = torch.empty_like(step.q)
-    run = lambda: decode_attention(step.workspace, step.pages, step.table, lengths, out, step.fmt, 64)  # noqa: E731
+    run = lambda: decode_attention(step.workspace, step.pages, step.table, lengths, out, step.fmt, 64)
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

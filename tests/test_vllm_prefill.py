@@ -5,10 +5,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
 
-from tqai_plugins.core.kv_format import KVFormat, recent_format  # noqa: E402
-from tqai_plugins.core.reference import rotation_matrix  # noqa: E402
-from tqai_plugins.core.rotation import Rotation  # noqa: E402
-from tqai_plugins.torch_kernels.recent import RecentCopies  # noqa: E402
+from tqai_plugins.core.kv_format import KVFormat, recent_format
+from tqai_plugins.core.reference import rotation_matrix
+from tqai_plugins.core.rotation import Rotation
+from tqai_plugins.torch_kernels.recent import RecentCopies
 
 pytestmark = [pytest.mark.vllm, pytest.mark.cuda]
 
@@ -53,6 +53,7 @@ def test_chunks_over_cached_contexts(window, soft_cap, sinks, tile_tokens, copie
     from tqai_plugins.triton_kernels.prepare import prepare
     from tqai_plugins.triton_kernels.recent import RecentPages, claim
     from tqai_plugins.triton_kernels.workspace import Workspace
+
     from tqai_plugins.vllm_plugin import prefill
 
     fmt, scale = KVFormat(4, 3, DIM), DIM**-0.5

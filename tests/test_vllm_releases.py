@@ -8,7 +8,7 @@ import pytest
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 pytest.importorskip("vllm", reason="needs vLLM's requirements; .ci/run vllm installs them")
 
-import vllm_releases  # noqa: E402
+import vllm_releases
 
 
 @pytest.mark.parametrize("release", [vllm_releases.OLDEST, vllm_releases.BETWEEN, vllm_releases.NEWEST])

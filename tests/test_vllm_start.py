@@ -10,11 +10,11 @@ import pytest
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
 
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs  # noqa: E402
-from vllm.plugins import load_general_plugins  # noqa: E402
-from vllm.utils.argparse_utils import FlexibleArgumentParser  # noqa: E402
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.plugins import load_general_plugins
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tqai_plugins.vllm_plugin import compat  # noqa: E402
+from tqai_plugins.vllm_plugin import compat
 
 load_general_plugins()
 SIZES = {

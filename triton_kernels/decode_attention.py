@@ -13,13 +13,22 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
 from .merge import merge
 from .recent import RecentPages
 from .unpack import (
-    PLANES, four_planes, four_planes_signed, key_coordinate, load_levels, sign_byte, sign_plane, two_planes, unpack_ptx,
+    PLANES,
+    four_planes,
+    four_planes_signed,
+    key_coordinate,
+    load_levels,
+    sign_byte,
+    sign_plane,
+    two_planes,
+    unpack_ptx,
 )
 from .workspace import Workspace
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables

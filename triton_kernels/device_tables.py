@@ -6,6 +6,7 @@ import functools
 
 import torch
 import triton
+
 from tqai_plugins.core.codebook import SEARCH, Codebook
 from tqai_plugins.core.kv_format import KVFormat, recent_format
 from tqai_plugins.core.rotation import Rotation, block_norm, hadamard_rows

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from tqai_plugins.core.codebook import SEARCH, TOP
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 

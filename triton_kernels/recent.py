@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, PageLayout, recent_format
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, recent_format
 
 from . import codec

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES
 
 NEVER = -1

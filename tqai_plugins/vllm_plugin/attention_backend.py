@@ -6,15 +6,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, SERVED_NAMES, KVFormat, is_tqai, recent_format
-from tqai_plugins.torch_kernels.recent import RecentCopies
-from tqai_plugins.triton_kernels import device_tables
-from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
-from tqai_plugins.triton_kernels.dequantize import dequantize
-from tqai_plugins.triton_kernels.merge import MERGE_VARIANTS, merge
-from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
-from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
-from tqai_plugins.triton_kernels.workspace import Workspace
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
@@ -25,6 +16,16 @@ from vllm.v1.attention.backends.turboquant_attn import (
     TurboQuantMetadataBuilder,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, SERVED_NAMES, KVFormat, is_tqai, recent_format
+from tqai_plugins.torch_kernels.recent import RecentCopies
+from tqai_plugins.triton_kernels import device_tables
+from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
+from tqai_plugins.triton_kernels.dequantize import dequantize
+from tqai_plugins.triton_kernels.merge import MERGE_VARIANTS, merge
+from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
+from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
+from tqai_plugins.triton_kernels.workspace import Workspace
 
 from . import compat, metrics, prefill, recent_memory
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SERVED_NAMES, KVFormat, is_tqai, recent_format
-from tqai_plugins.torch_kernels import paged
-from tqai_plugins.torch_kernels.recent import RecentCopies, claim
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType
@@ -17,6 +14,10 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadata,
     CPUAttentionMetadataBuilder,
 )
+
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SERVED_NAMES, KVFormat, is_tqai, recent_format
+from tqai_plugins.torch_kernels import paged
+from tqai_plugins.torch_kernels.recent import RecentCopies, claim
 
 from . import compat, metrics, recent_memory
 

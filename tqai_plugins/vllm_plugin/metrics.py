@@ -17,8 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from tqai_plugins.core.kv_format import KVFormat, is_tqai
 from vllm.logger import init_logger
+
+from tqai_plugins.core.kv_format import KVFormat, is_tqai
 
 logger = init_logger("vllm.tqai")
 

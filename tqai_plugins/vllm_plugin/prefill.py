@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+from vllm.vllm_flash_attn import flash_attn_varlen_func
+
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, KVFormat, recent_format
 from tqai_plugins.torch_kernels.prefill import plan_tiles
 from tqai_plugins.triton_kernels.dequantize import dequantize
-from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 WORKSPACE_BYTES = 64 << 20
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, is_tqai, parse_name
 from vllm.logger import init_logger
+
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, is_tqai, parse_name
 
 logger = init_logger("vllm.tqai")
 
