@@ -49,9 +49,9 @@ def log_probabilities(model, tokens: np.ndarray, start: int, cache: list) -> np.
     found = []
     for begin in range(0, len(tokens) - 1, CHUNK):
         part = tokens[begin : min(begin + CHUNK, len(tokens) - 1)]
-        logits = model(mx.array(part[None].astype(np.int32)), cache=cache)[0].astype(mx.float32)
-        logits = logits[max(start - 1 - begin, 0) :]
-        logits = logits - mx.logsumexp(logits, -1, keepdims=True)
+        logits = model(mx.array(part[None].astype(np.int32)), cache=cache)[0, max(start - 1 - begin, 0) :].astype(mx.float32)
+        if logits.size:
+            logits = logits - mx.logsumexp(logits, -1, keepdims=True)
         mx.eval(logits, [layer.state for layer in cache])
         found.append(np.array(logits))
     return np.concatenate(found)
