@@ -242,7 +242,7 @@ def show(data: dict) -> None:
 
 
 def plot(data: dict, path: str) -> None:
-    """Microseconds of each kernel, one group of bars a shape; all three launches where they are ours."""
+    """Microseconds of each kernel, one group of bars a shape; all launches of a step where they are ours."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -250,16 +250,20 @@ def plot(data: dict, path: str) -> None:
 
     shapes = list(dict.fromkeys((r["sequences"], r["context"]) for r in data["rows"]))
     names = list(dict.fromkeys(r["name"] for r in data["rows"]))
-    fig, axes = plt.subplots(1, len(shapes), figsize=(2.6 * len(shapes), 3.6), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(shapes), figsize=(2.2 * len(shapes) + 2, 3.2), layout="constrained", squeeze=False)
     for ax, shape in zip(axes[0], shapes):
-        rows = [r for r in data["rows"] if (r["sequences"], r["context"]) == shape]
-        times = {r["name"]: r.get("step_recent_us") or r["us"] for r in rows}
-        bars = ax.bar(range(len(names)), [times.get(n) or 0 for n in names], color=[f"C{i}" for i in range(len(names))])
-        ax.bar_label(bars, [f"{t:.0f}" if (t := times.get(n)) else "-" for n in names], fontsize=7)
-        ax.set_xticks(range(len(names)), names, rotation=75, ha="right", fontsize=7)
+        rows = {r["name"]: r for r in data["rows"] if (r["sequences"], r["context"]) == shape}
+        for i, name in enumerate(names):
+            row = rows.get(name, {})
+            time = row.get("step_recent_us") or row.get("step_us") or row.get("us")
+            bar = ax.bar(i, time or 0, color=f"C{i}", label=name)
+            ax.bar_label(bar, [f"{time:.0f}" if time else "-"], fontsize=7)
+        ax.set_xticks([])
         ax.set_title(f"{shape[0]} x {shape[1]:,}", fontsize=9)
+        ax.tick_params(labelsize=7)
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("microseconds a layer and step (ours: all launches)")
-    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}", fontsize=10)
+    axes[0][0].set_ylabel("us a layer and step")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}; tqai: all launches of a step", fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)
