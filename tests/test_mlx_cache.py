@@ -9,6 +9,7 @@ pytestmark = pytest.mark.mlx
 pytest.importorskip("mlx_lm")
 
 import mlx.core as mx
+import mlx_lm
 import mlx_models
 import tqai
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, speculative_generate_step
@@ -101,7 +102,7 @@ def test_the_way_a_prompt_is_cut_changes_nothing(model, strategy):
 
 def test_unpatch_restores_mlx_lm(llama):
     stock = mlx_llama.scaled_dot_product_attention
-    tqai.patch(llama)
+    tqai.patch(llama, backend="mlx")
     assert mlx_llama.scaled_dot_product_attention is mlx_base.scaled_dot_product_attention is not stock
     other, _ = mlx_models.load("qwen3")
     tqai.patch(other)
@@ -126,6 +127,14 @@ def test_mixed_lengths_up_to_three_thousand(llama):
     tqai.patch(llama)
     requests = [(prompt(n), 6) for n in (1, 2, 129, 700, 3000)]
     assert batched(llama, requests) == [greedy(llama, p, n) for p, n in requests]
+
+
+def test_generate_and_stream_generate_work_unchanged(llama):
+    tqai.patch(llama)
+    _, tokenizer = mlx_models.load("llama")
+    expected = tokenizer.decode(greedy(llama, prompt(140), 8))
+    assert mlx_lm.generate(llama, tokenizer, prompt(140), max_tokens=8) == expected
+    assert "".join(part.text for part in mlx_lm.stream_generate(llama, tokenizer, prompt(140), max_tokens=8)) == expected
 
 
 def test_batch_generate_goes_on_from_its_caches(llama):
@@ -347,6 +356,16 @@ def test_attention_is_what_it_is_defined_to_be(options):
         dispatch.uninstall()
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+def test_prompts_are_read_a_few_heads_at_a_time(monkeypatch, kind):
+    model, _ = mlx_models.load(kind)
+    tqai.patch(model, residual_window=16)
+    whole = logits(model, prompt(90))
+    monkeypatch.setattr("tqai_plugins.mlx_lm_plugin.attention.TILE_BYTES", 1)
+    assert np.allclose(logits(model, prompt(90)), whole, atol=1e-5)
+    tqai.unpatch(model)
+
+
 def test_sliding_layers_keep_the_stock_cache():
     model, _ = mlx_models.load("gemma3_text")
     tqai.patch(model)
@@ -412,8 +431,6 @@ def test_models_whose_attention_cannot_read_codes_are_refused_and_stay_stock(kin
 
 
 def test_head_dimensions_that_slots_cannot_hold_are_refused(tmp_path):
-    import mlx_lm
-
     model, _ = mlx_lm.load(str(mlx_models.write(tmp_path / "narrow", "llama", head_dim=40)))
     with pytest.raises(ValueError, match="^llama cannot be served.*multiples of 16"):
         tqai.patch(model)

@@ -10,6 +10,8 @@ from ..metal_kernels.dequantize import dequantize
 from . import masks
 from .tokens import Operand, Tokens
 
+TILE_BYTES = 256 << 20  # of a layer's keys and values that are dequantized at once, or those of one head
+
 
 def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask, sinks=None) -> mx.array:
     """What mx.fast.scaled_dot_product_attention gives for dense keys and values: [batch, q_heads, new, head_dim].
@@ -31,17 +33,39 @@ def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask
 
 
 def dense_attention(queries: mx.array, tokens: Tokens, scale: float, mask, sinks=None) -> mx.array:
-    """Dequantize this layer for the moment and attend with MLX's own kernel, in the basis of the codes."""
+    """Dequantize this layer for the moment, some KV heads at a time, and attend with MLX's own kernel.
+
+    All of it happens in the basis of the codes.
+    """
+    heads, group = tokens.slots.shape[1], queries.shape[1] // tokens.slots.shape[1]
+    mask = _split_mask(tokens, queries.shape[2], mask)
+    dense_bytes = 2 * tokens.slots.shape[0] * tokens.length * tokens.fmt.head_dim * queries.dtype.size
+    step = max(TILE_BYTES // dense_bytes, 1)
+    out = []
+    for start in range(0, heads, step):
+        some = slice(start, min(start + step, heads))
+        theirs = slice(group * some.start, group * some.stop)
+        out.append(
+            _attend_to_heads(
+                queries[:, theirs], tokens, some, scale, mask if mask.shape[1] == 1 else mask[:, theirs],
+                None if sinks is None else sinks[theirs],
+            )
+        )  # fmt: skip
+    return out[0] if len(out) == 1 else mx.concatenate(out, 1)
+
+
+def _attend_to_heads(queries: mx.array, tokens: Tokens, some: slice, scale: float, mask: mx.array, sinks) -> mx.array:
     dtype, heads = queries.dtype, tokens.slots.shape[1]
-    parts = [dequantize(tokens.slots, tokens.length, tokens.fmt, dtype)]
+    whole = (some.start, some.stop) == (0, heads)
+    parts = [dequantize(tokens.slots if whole else tokens.slots[:, some], tokens.length, tokens.fmt, dtype)]
     exact = [x for x in (tokens.sinks, _recent_in_order(tokens)) if x is not None]
     if exact:
-        turned = codec.rotate(mx.concatenate(exact, 2)).astype(dtype)
-        parts.append((turned[:, :heads], turned[:, heads:]))
+        both = mx.concatenate([x[:, heads * part + some.start : heads * part + some.stop] for part in (0, 1) for x in exact], 2)
+        turned = codec.rotate(both).astype(dtype)
+        parts.append(mx.split(turned, 2, 2))
     k, v = (mx.concatenate(both, 2) if len(both) > 1 else both[0] for both in zip(*parts))
-    out = mx.fast.scaled_dot_product_attention(
-        codec.rotate(queries).astype(dtype), k, v, scale=scale, mask=_split_mask(tokens, queries.shape[2], mask), sinks=sinks
-    )
+    turned = codec.rotate(queries).astype(dtype)
+    out = mx.fast.scaled_dot_product_attention(turned, k, v, scale=scale, mask=mask, sinks=sinks)
     return codec.rotate_back(out).astype(dtype)
 
 
