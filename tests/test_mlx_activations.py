@@ -64,6 +64,20 @@ def test_the_numbers_are_those_of_the_reference(bits):
     assert np.isclose(((found - x) ** 2).sum(), ((expected - x) ** 2).sum(), rtol=1e-3)
 
 
+def test_a_preset_gives_each_layer_its_widths(tmp_path):
+    from tqai_plugins.core.preset import Preset
+
+    Preset("llama", 2, 64, ((0, "tqai_k8v4"), (1, "tqai_k3v2"))).write(tmp_path / "p.json", {})
+    model, _ = mlx_models.load("llama")
+    tqai.patch(model, config=tmp_path / "p.json")
+    assert [(c.options.bits_k, c.options.bits_v) for c in make_prompt_cache(model)] == [(8, 4), (3, 2)]
+    logits(model)
+    tqai.unpatch(model)
+    for formats, sentence in (({2: "tqai"}, "layer 2, which is no full-attention layer"), ({0: "tqai_k6v2"}, "bits_k is 6")):
+        with pytest.raises(ValueError, match=sentence):
+            tqai.patch(model, layer_formats=formats)
+
+
 def test_refused():
     model, _ = mlx_models.load("llama")
     with pytest.raises(ValueError, match="config is 'all9'; expected one of kv-only"):

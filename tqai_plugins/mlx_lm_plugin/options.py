@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
-from ..core.kv_format import DEFAULT_BITS, SERVED_WIDTHS, KVFormat
+from ..core.kv_format import DEFAULT_BITS, SERVED_WIDTHS, KVFormat, parse_name
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
 
@@ -20,6 +21,7 @@ class CacheOptions:
         incremental                 as full, and a dequantized copy of everything beside the codes: the speed of an
                                     uncompressed cache, and more memory than one.
     sink_tokens: default 4 with residual, else 0.
+    layer_formats: layer -> format name such as 'tqai_k8v4', for layers that get other widths than bits_k and bits_v.
     """
 
     bits_k: int = DEFAULT_BITS[0]
@@ -27,6 +29,7 @@ class CacheOptions:
     sink_tokens: int | None = None
     residual_window: int = 128
     cache_strategy: str = "auto"
+    layer_formats: Mapping[int, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("bits_k", "bits_v"):
@@ -42,6 +45,17 @@ class CacheOptions:
             raise ValueError("residual_window is None; allowed are whole numbers from 0")
         if self.cache_strategy not in STRATEGIES:
             raise ValueError(f"cache_strategy is {self.cache_strategy!r}; allowed are {', '.join(STRATEGIES)}")
+        if not isinstance(self.layer_formats, (Mapping, type(None))):
+            raise ValueError(f"layer_formats is {self.layer_formats!r}; expected a mapping such as {{0: 'tqai_k8v4'}}")
+        for layer in self.layer_formats or ():
+            self.of_layer(layer)
+
+    def of_layer(self, layer: int) -> CacheOptions:
+        """The options for one layer of the model."""
+        bits = self.bits_k, self.bits_v
+        if layer in (self.layer_formats or {}):
+            bits = parse_name(self.layer_formats[layer])
+        return replace(self, bits_k=bits[0], bits_v=bits[1], layer_formats=None)
 
     @classmethod
     def of(cls, **given) -> CacheOptions:

@@ -30,7 +30,10 @@ def install(model: nn.Module, **options) -> None:
     compat.check_version()
     uninstall(model)
     stock = make_prompt_cache(model)
-    caches = [_compressed(cache, given, _ProbedCache) for cache in stock]
+    caches = [_compressed(cache, given.of_layer(i), _ProbedCache) for i, cache in enumerate(stock)]
+    for layer in given.layer_formats or ():
+        if not 0 <= layer < len(caches) or not _parts(caches[layer]):
+            raise ValueError(f"layer_formats has layer {layer}, which is no full-attention layer of this {_name(model)}")
     if not any(map(_parts, caches)):
         kinds = ", ".join(sorted({type(cache).__name__ for cache in stock}))
         raise ValueError(f"{_name(model)} has no full-attention layer to compress, only {kinds}")
@@ -48,7 +51,7 @@ def install(model: nn.Module, **options) -> None:
 
     def make_cache() -> list:
         made = plain(this()) if plain else [KVCache() for _ in range(layers)]
-        made = [_compressed(cache, given) for cache in made]
+        made = [_compressed(cache, given.of_layer(i)) for i, cache in enumerate(made)]
         for cache, flags in zip(made, shared):
             for part, flag in zip(_parts(cache), flags):
                 part.shared = flag
