@@ -1,5 +1,7 @@
 """Compressed activations on MLX models: what changes, and that nothing stays."""
 
+import argparse
+
 import numpy as np
 import pytest
 
@@ -66,6 +68,7 @@ def test_the_numbers_are_those_of_the_reference(bits):
 
 def test_a_preset_gives_each_layer_its_widths(tmp_path):
     from tqai_plugins.core.preset import Preset
+    from tqai_plugins.mlx_lm_plugin import server
 
     Preset("llama", 2, 64, ((0, "tqai_k8v4"), (1, "tqai_k3v2"))).write(tmp_path / "p.json", {})
     model, _ = mlx_models.load("llama")
@@ -73,6 +76,10 @@ def test_a_preset_gives_each_layer_its_widths(tmp_path):
     assert [(c.options.bits_k, c.options.bits_v) for c in make_prompt_cache(model)] == [(8, 4), (3, 2)]
     logits(model)
     tqai.unpatch(model)
+    parser = argparse.ArgumentParser()
+    server.add_options(parser)
+    options = server.cache_options(parser.parse_args(["--kv-cache-dtype", str(tmp_path / "p.json")]))
+    assert options["layer_formats"] == {0: "tqai_k8v4", 1: "tqai_k3v2"}
     for formats, sentence in (({2: "tqai"}, "layer 2, which is no full-attention layer"), ({0: "tqai_k6v2"}, "bits_k is 6")):
         with pytest.raises(ValueError, match=sentence):
             tqai.patch(model, layer_formats=formats)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..core import converted_folder
 from ..core.kv_format import parse_name
+from ..core.preset import Preset
 
 REPLACED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start")  # mlx-lm's own quantized cache
 
@@ -22,7 +23,8 @@ REPLACED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start")  # mlx-lm's 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The flags of the cache; the format's names are vLLM's."""
     parser.add_argument(
-        "--kv-cache-dtype", help="tqai (4 and 2 bits) or tqai_k<bits>v<bits> (what a folder of `tqai convert` is for, or tqai)"
+        "--kv-cache-dtype", help="tqai (4 and 2 bits), tqai_k<bits>v<bits> or a preset file of `tqai recommend` "
+        "(what a folder of `tqai convert` is for, or tqai)",
     )  # fmt: skip
     parser.add_argument("--sink-tokens", type=int, help="first tokens that stay exact (4)")
     parser.add_argument("--residual-window", type=int, default=128, help="newest tokens that stay exact (128)")
@@ -36,7 +38,9 @@ def cache_options(args: argparse.Namespace) -> dict:
     options = {
         "sink_tokens": args.sink_tokens, "residual_window": args.residual_window, "cache_strategy": args.cache_strategy,
     }  # fmt: skip
-    if args.kv_cache_dtype:
+    if args.kv_cache_dtype and Path(args.kv_cache_dtype).is_file():
+        options["layer_formats"] = dict(Preset.read(args.kv_cache_dtype).formats)
+    elif args.kv_cache_dtype:
         options["bits_k"], options["bits_v"] = parse_name(args.kv_cache_dtype)
     CacheOptions.of(**options)
     return options
