@@ -85,7 +85,7 @@ def run(args) -> int:
         "sensitivity": {trial.key: measured[trial] for trial in wanted}, "machine": benchmark_quality.machine(),
         "check": _check(model, windows[args.windows :], mix.widths, uniform),
     }  # fmt: skip
-    preset.write(args.out, {key: value for key, value in data.items() if key != "layers"})
+    preset.write(args.out, {"command": args.command, **data})
     _partial(args.out).unlink(missing_ok=True)
     emit(args, {"out": str(args.out), **data}, lambda: show(data, args.out))
     if args.plot:
@@ -214,6 +214,8 @@ def verdict(row: dict, name: str) -> str:
 
 
 def plot(data: dict, path: str) -> None:
+    """Draw what the command printed as JSON, or a preset file."""
+    data = data.get("made", data)
     import matplotlib
 
     matplotlib.use("Agg")
