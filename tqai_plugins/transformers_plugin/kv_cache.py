@@ -71,9 +71,10 @@ class CacheOptions:
 
     def of_layer(self, layer: int) -> CacheOptions:
         """The options for one layer of the model."""
-        if layer not in (self.layer_formats or {}):
+        name = (self.layer_formats or {}).get(layer)
+        if name is None:
             return self
-        bits_k, bits_v = parse_name(self.layer_formats[layer])
+        bits_k, bits_v = parse_name(name)
         return replace(self, bits_k=bits_k, bits_v=bits_v)
 
     @classmethod

@@ -176,7 +176,8 @@ class VectorStore:
             exact, codes, scales = exact[:, :, min(start, sinks) :], codes[:, :, coded:], scales[:, :, coded:]
         sketch = None
         if self.sketch:
-            sketch = Sketch(*(buffer.tokens[:, :, coded:] for buffer in self.sketch), self.sketch_size)
+            signs, norms = (buffer.tokens[:, :, coded:] for buffer in self.sketch)
+            sketch = Sketch(signs, norms, self.sketch_size)
         return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch)
 
     def crop(self, count: int) -> None:

@@ -147,7 +147,7 @@ def register_folders() -> None:
     logger = init_logger("vllm.tqai")
     arguments = sys.modules.get("vllm.engine.arg_utils")  # absent in workers, which get the resolved name
     stock = getattr(arguments, "resolve_kv_cache_dtype_string", None)
-    if stock is None or hasattr(stock, "without_tqai"):
+    if arguments is None or stock is None or hasattr(stock, "without_tqai"):
         return
 
     def resolve_kv_cache_dtype_string(kv_cache_dtype, model_config):
@@ -159,8 +159,8 @@ def register_folders() -> None:
         logger.info("tqai: %s was converted for %s; --kv-cache-dtype bfloat16 would not compress", model_config.model, name)
         return name
 
-    resolve_kv_cache_dtype_string.without_tqai = stock
-    arguments.resolve_kv_cache_dtype_string = resolve_kv_cache_dtype_string
+    resolve_kv_cache_dtype_string.without_tqai = stock  # type: ignore[attr-defined]
+    arguments.resolve_kv_cache_dtype_string = resolve_kv_cache_dtype_string  # type: ignore[attr-defined]
 
 
 def check_layer(name: str, attn_type: str, alibi_slopes) -> None:

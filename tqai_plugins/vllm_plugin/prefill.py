@@ -86,17 +86,21 @@ def _tile(prefill: Prefill, first: int, segments: list[tuple[int, int]], with_ch
         # Position of the first of the pages that recent_table lists; it can lie before the first token.
         origin = (-(-context // RECENT_PAGE_TOKENS) - RECENT_PAGES) * RECENT_PAGE_TOKENS
         recent = max(begin, origin)
-        out = key_starts[-1]
-        rows.append([begin, end, out, recent - origin, max(recent, end) - origin, out + recent - begin])
+        at = key_starts[-1]
+        rows.append([begin, end, at, recent - origin, max(recent, end) - origin, at + recent - begin])
         key_starts.append(key_starts[-1] + length)
         query_starts.append(query_starts[-1] + chunk)
     flat = [*torch.tensor(rows).T.flatten().tolist(), *key_starts, *query_starts]
     device = prefill.query_start_loc.device
     pinned = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda")
     n = len(segments)
-    parts = pinned.to(device, non_blocking=True).split([n] * 6 + [n + 1] * 2)
-    queries = slice(prefill.starts[first], prefill.starts[first + n])
-    return Tile(requests, queries, *parts, key_starts[-1], max(e - b for b, e in segments), max(chunks))
+    begin, end, out, recent_begin, recent_end, recent_out, keys, queries = pinned.to(device, non_blocking=True).split(
+        [n] * 6 + [n + 1] * 2
+    )
+    return Tile(
+        requests, slice(prefill.starts[first], prefill.starts[first + n]), begin, end, out, recent_begin, recent_end,
+        recent_out, keys, queries, key_starts[-1], max(e - b for b, e in segments), max(chunks),
+    )  # fmt: skip
 
 
 def _plan(prefill: Prefill) -> list[Tile]:
@@ -108,7 +112,8 @@ def _plan(prefill: Prefill) -> list[Tile]:
 
 def _plan_windows(prefill: Prefill, window: int) -> list[Tile]:
     tiles: list[Tile] = []
-    first, segments, used = 0, [], 0
+    segments: list[tuple[int, int]] = []
+    first = used = 0
     for request, context in enumerate(prefill.contexts):
         begin = max(0, context - window + 1)
         tokens = context - begin + prefill.starts[request + 1] - prefill.starts[request]
