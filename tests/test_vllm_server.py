@@ -1,136 +1,235 @@
-"""The real `vllm serve --kv-cache-dtype tqai`, on vLLM's CPU build, with a tiny random model at head_dim 128."""
+"""The real `vllm serve --kv-cache-dtype tqai` on vLLM's CPU build: SmolLM2 as a folder, and small random models."""
 
 import concurrent.futures
+import functools
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
+pytest.importorskip("openai")
+
+from tqai import models
+from vllm_server import serve
+
 from tqai_plugins.core.kv_format import KVFormat
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-vllm = pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
-
-LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 4, 2, 128, 128
-CACHE_BYTES = 32 << 20
-ENV = {
-    **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "2",
-}  # fmt: skip
+LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 30, 3, 64, 64  # of SmolLM2, and tokens of a page
+TOKEN_BYTES = LAYERS * KV_HEADS * KVFormat.from_name("tqai", HEAD_DIM).slot_bytes
+OPTIONS = ["--kv-cache-dtype", "tqai", "--dtype", "float32", "--block-size", BLOCK, "--max-num-batched-tokens", 256]
+# What the model continues without a doubt, so that rounding in batches of another size does not change its choice.
+COUNTS = [f"Count: {', '.join(str(n) for n in range(first, first + 6))}," for first in range(1, 33, 2)]
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
-    import torch
-    from safetensors.torch import save_file
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256, "</s>": 257}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
-    hidden, inner, vocab, q_heads = 256, 512, 320, 8
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden,
-        "intermediate_size": inner, "num_hidden_layers": LAYERS, "num_attention_heads": q_heads,
-        "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "torch_dtype": "float32", "bos_token_id": 256, "eos_token_id": 257,
-    }))  # fmt: skip
-    generator = torch.Generator().manual_seed(7)
-    draw = lambda *shape, size: torch.randn(*shape, generator=generator) * size  # noqa: E731
-    weights = {
-        "model.embed_tokens.weight": draw(vocab, hidden, size=1.0), "model.norm.weight": torch.ones(hidden),
-        "lm_head.weight": draw(vocab, hidden, size=4 / hidden**0.5),
-    }  # fmt: skip
-    for i in range(LAYERS):
-        at = f"model.layers.{i}."
-        for name, out, into in (
-            ("self_attn.q_proj", q_heads * HEAD_DIM, hidden), ("self_attn.k_proj", KV_HEADS * HEAD_DIM, hidden),
-            ("self_attn.v_proj", KV_HEADS * HEAD_DIM, hidden), ("self_attn.o_proj", hidden, q_heads * HEAD_DIM),
-            ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden), ("mlp.down_proj", hidden, inner),
-        ):  # fmt: skip
-            weights[f"{at}{name}.weight"] = draw(out, into, size=1 / into**0.5)
-        weights[at + "input_layernorm.weight"] = weights[at + "post_attention_layernorm.weight"] = torch.ones(hidden)
-    save_file({name: w.clone() for name, w in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+def smol() -> str:
+    return str(models.packaged_folder(models.PACKAGED["demo"]))
 
 
-def serve(model: Path, log: Path, *options: str) -> tuple[subprocess.Popen, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port, "--served-model-name",
-        "tiny", "--enforce-eager", "--kv-cache-memory-bytes", CACHE_BYTES, "--max-num-seqs", 8, "--dtype", "float32",
-        "--max-model-len", 2048, "--max-num-batched-tokens", 256, *options,
+@pytest.fixture(scope="session")
+def server(smol, tmp_path_factory):
+    options = [
+        "--kv-cache-memory-bytes", 300 * BLOCK * TOKEN_BYTES, "--max-model-len", 1024, "--max-num-seqs", 16,
+        "--additional-config", json.dumps({"tqai": {"recent_memory": 0.5}}), "--max-logprobs", 256,
+        "--logits-processors", "tqai_plugins.vllm_plugin.forced_tokens:ForcedTokens",
     ]  # fmt: skip
-    with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=ENV)
-    return process, f"http://127.0.0.1:{port}"
+    with serve(smol, tmp_path_factory.mktemp("server") / "log", *OPTIONS, *options) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def server(model, tmp_path_factory):
-    log = tmp_path_factory.mktemp("server") / "log"
-    process, url = serve(model, log, "--kv-cache-dtype", "tqai")
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            urllib.request.urlopen(url + "/health", timeout=5)
-            break
-        except OSError:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(1)
-    yield url, log
-    process.terminate()
-    process.wait(60)
+def alone(server):
+    """Answers of the server with nothing else to do."""
+    return [server.complete(prompt, 16) for prompt in COUNTS]
 
 
-def complete(url: str, prompt: str, max_tokens: int = 24) -> str:
-    openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=url + "/v1", api_key="none", timeout=300)
-    answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0)
-    return answer.choices[0].text
+def test_the_log_and_the_gauges_say_what_is_compressed(server):
+    assert (
+        f"tqai: KV cache tqai_k4v2, 4-bit keys and 2-bit values: {LAYERS} layers of full attention; {TOKEN_BYTES:,} bytes a token"
+        in server.log
+    )
+    assert len(re.findall("tqai: KV cache tqai_k4v2, ", server.log)) == 1
+    assert "copies of pages" in server.log and "enough for 16 running sequences" in server.log
+    assert server.metric("tqai_token_bytes") == TOKEN_BYTES
+    assert server.metric("tqai_cache_tokens") == server.tokens == 300 * BLOCK
+    assert server.metric("tqai_layers", kind="full attention") == LAYERS
+    assert server.metric("tqai_cache_info", format="tqai_k4v2", kernels="plain PyTorch on the CPU") == 1
 
 
-def test_the_log_says_what_is_compressed_and_the_capacity_is_the_arithmetic(server):
-    text = server[1].read_text()
-    assert "tqai: KV cache tqai_k4v2: 100 bytes a token and KV head" in text
-    tokens = int(re.search(r"KV cache size: ([\d,]+) tokens", text)[1].replace(",", ""))
-    token_bytes = LAYERS * KV_HEADS * KVFormat.from_name("tqai", HEAD_DIM).slot_bytes
-    bf16_tokens = CACHE_BYTES / (LAYERS * KV_HEADS * HEAD_DIM * 2 * 2)
-    assert CACHE_BYTES // token_bytes - BLOCK <= tokens <= CACHE_BYTES // token_bytes
-    assert tokens >= 5.0 * bf16_tokens
+def test_the_counters_prove_that_codes_are_written_and_read(server):
+    before = {name: server.metric(f"tqai_{name}_total") for name in ("vectors_quantized", "tokens_read", "recent_pages_read")}
+    answer = server.client.completions.create(model="m", prompt="Once upon a time", max_tokens=70, temperature=0, extra_body={"ignore_eos": True})
+    prompt, written = answer.usage.prompt_tokens, answer.usage.completion_tokens - 1  # the last is not read again
+    more = {name: server.metric(f"tqai_{name}_total") - was for name, was in before.items()}
+    assert more["vectors_quantized"] == 2 * LAYERS * KV_HEADS * (prompt + written)
+    assert more["tokens_read"] == LAYERS * sum(range(prompt, prompt + written))
+    steps_on_two_pages = prompt + written - BLOCK
+    assert more["recent_pages_read"] == 1 + written + steps_on_two_pages
+    assert server.metric("tqai_fallbacks_total", reason="recent_page_without_copy") == 0
 
 
-def test_concurrent_requests_answer_as_they_do_alone(server):
-    """Chunked prefill (256 tokens), continuous batching and prefix hits: the same text."""
-    url = server[0]
-    shared = "A long common beginning. " * 12
-    prompts = [shared + "x" * n + " end" for n in (1, 3, 40, 200, 500, 900)] + ["short", "another one", shared] * 3
-    alone = [complete(url, p) for p in prompts]
+def test_chat_and_streaming(server):
+    messages = [{"role": "user", "content": "What is the capital of France? Answer with one word."}]
+    chat = server.client.chat.completions.create(model="m", messages=messages, max_tokens=8, temperature=0)
+    assert "Paris" in chat.choices[0].message.content
+    stream = server.client.completions.create(model="m", prompt=COUNTS[0], max_tokens=24, temperature=0, stream=True)
+    pieces = [event.choices[0].text for event in stream]
+    assert len(pieces) > 5 and "".join(pieces) == server.complete(COUNTS[0])
+
+
+def test_the_example_client(server):
+    command = [sys.executable, Path(__file__).parents[1] / "examples/vllm/client.py", server.url]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Paris" in done.stdout and "tqai_vectors_quantized_total{" in done.stdout
+
+
+def test_sixteen_at_once_answer_as_alone(server, alone):
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda p: complete(url, p), prompts))
-    assert together == alone
-    assert len(set(alone)) > 5
+        assert list(pool.map(lambda prompt: server.complete(prompt, 16), COUNTS)) == alone
+    assert len(set(alone)) == len(COUNTS) and all(re.match(r" \d+, \d+", text) for text in alone)
 
 
-def test_a_prompt_near_the_limit(server):
-    assert isinstance(complete(server[0], "y" * 2000, max_tokens=40), str)
+def test_a_long_prompt_in_chunks_then_from_the_prefix_cache(server):
+    """900 tokens in chunks of 256, near the limit of 1,024; the second time most of it is there as codes."""
+    prompt = f"Count: {', '.join(map(str, range(1, 195)))},"
+    first = server.complete(prompt, 16)
+    hits = server.metric("vllm:prefix_cache_hits_total")
+    assert server.complete(prompt, 16) == first and first.startswith(" 195, 196, 197")
+    usage = server.client.completions.create(model="m", prompt=prompt, max_tokens=1).usage
+    assert 850 < usage.prompt_tokens < 1008
+    assert server.metric("vllm:prefix_cache_hits_total") >= hits + 2 * (usage.prompt_tokens // BLOCK - 1) * BLOCK
 
 
-@pytest.mark.parametrize("name", ["tqai_k9v2", "tquai"])
-def test_an_unknown_dtype_stops_at_start(model, tmp_path, name):
-    log = tmp_path / "log"
-    process, _ = serve(model, log, "--kv-cache-dtype", name)
-    assert process.wait(180) != 0
-    assert "tqai_k4v2" in log.read_text(), "the message names what is allowed"
+def test_an_abandoned_stream_is_stopped_and_its_pages_are_free(server):
+    stream = server.client.completions.create(model="m", prompt="Tell me a story.", max_tokens=900, temperature=0, stream=True)
+    next(iter(stream))
+    stream.close()
+    deadline = time.monotonic() + 30
+    while server.metric("vllm:num_requests_running") or server.metric("vllm:kv_cache_usage_perc"):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert server.complete(COUNTS[0]) == server.complete(COUNTS[0])
+
+
+def test_quality_is_that_of_the_transformers_cache(server, smol):
+    """A forced continuation of 96 tokens after 256, beside the cache of generate() that keeps 64 tokens exact."""
+    import torch
+    from tqai import Cache, fidelity
+    from tqai.cli import _benchmark_quality_vllm as benchmark
+    from tqai.cli._texts import PROSE
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    window = AutoTokenizer.from_pretrained(smol)(PROSE).input_ids[:352]
+    count = 256
+    model = AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).eval()
+    caches = {"exact": fidelity.DynamicCache(config=model.config)}
+    caches["codes"] = Cache(model.config, bits_k=4, bits_v=2, sink_tokens=0, residual_window=64)
+    tops = {name: _tops(model, window, count, cache) for name, cache in caches.items()}
+    answer = server.client.completions.create(
+        model="m", prompt=window[:count], max_tokens=len(window) - count, temperature=0, logprobs=256,
+        extra_body={
+            "ignore_eos": True, "return_tokens_as_token_ids": True,
+            "vllm_xargs": {"tqai_forced": ",".join(map(str, window[count:]))},
+        },
+    )  # fmt: skip
+    tops["server"] = [
+        {int(t.removeprefix("token_id:")): x for t, x in top.items()} for top in answer.choices[0].logprobs.top_logprobs
+    ]
+    scores = {name: fidelity.Score() for name in ("codes", "server")}
+    for name, score in scores.items():
+        for target, found, expected in zip(window[count:], tops[name], tops["exact"], strict=True):
+            benchmark._add(score, target, found, expected)
+    means = {name: score.summary()["kld"] for name, score in scores.items()}
+    assert 0 < means["server"] <= 1.15 * means["codes"], means
+
+
+def _tops(model, window: list[int], count: int, cache) -> list[dict[int, float]]:
+    """As a server returns them: log-probabilities of the 256 likeliest tokens and of the true one."""
+    import torch
+
+    found = []
+    with torch.inference_mode():
+        for start, end in [(0, count), *((i, i + 1) for i in range(count, len(window) - 1))]:
+            logits = model(torch.tensor([window[start:end]]), past_key_values=cache, logits_to_keep=1).logits[0, -1]
+            values = logits.log_softmax(-1)
+            kept = {*values.topk(256).indices.tolist(), window[end]}
+            found.append({token: values[token].item() for token in kept})
+    return found
+
+
+@pytest.fixture(scope="session")
+def crowded(smol, tmp_path_factory):
+    """Ten pages, one of which vLLM keeps, and n-gram speculation."""
+    speculation = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+    options = [
+        "--kv-cache-memory-bytes", 10 * BLOCK * TOKEN_BYTES, "--max-model-len", 512, "--max-num-seqs", 8,
+        "--speculative-config", json.dumps(speculation), "--additional-config", json.dumps({"tqai": {"recent_memory": 0.5}}),
+    ]  # fmt: skip
+    with serve(smol, tmp_path_factory.mktemp("crowded") / "log", *OPTIONS, *options) as server:
+        yield server
+
+
+def test_speculation_writes_the_same_tokens(crowded, server):
+    assert [crowded.complete(prompt, 24) for prompt in COUNTS[:2]] == [server.complete(prompt, 24) for prompt in COUNTS[:2]]
+    assert crowded.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+
+
+def test_preempted_requests_finish_with_the_same_tokens(crowded, server):
+    """Prompts of most of a page that grow into a second one: eight times two pages, of which nine are there."""
+    prompts = [f"Count: {', '.join(map(str, range(first, first + 13)))}," for first in range(10, 26, 2)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        answers = [list(pool.map(functools.partial(each.complete, max_tokens=26), prompts)) for each in (server, crowded)]
+    assert answers[0] == answers[1]
+    assert server.metric("vllm:num_preemptions_total") == 0 < crowded.metric("vllm:num_preemptions_total")
+
+
+SIZES = {
+    "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "head_dim": 128, "max_position_embeddings": 4096, "torch_dtype": "bfloat16", "bos_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
+DUMMY = ["--load-format", "dummy", "--skip-tokenizer-init", "--kv-cache-memory-bytes", 32 << 20, "--max-model-len", 2048, "--max-num-seqs", 8]
+
+
+def folder(path, config: dict):
+    (path / "config.json").write_text(json.dumps(SIZES | config))
+    return path
+
+
+def test_at_head_dim_128_five_times_the_tokens_of_bf16_fit(tmp_path):
+    model = folder(tmp_path, {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 4})
+    with serve(model, tmp_path / "log", *DUMMY, "--kv-cache-dtype", "tqai", until="KV cache size: ") as server:
+        tokens = server.tokens
+    bf16_tokens = (32 << 20) / (4 * 2 * 128 * 2 * 2)
+    assert tokens >= 5.0 * bf16_tokens
+    assert "4.92 times smaller" not in server.log and "5.12 times smaller than 16 bits" in server.log
+
+
+def test_sliding_windows_and_skipped_layers(tmp_path):
+    """A small Gemma 3 (five layers in six see 64 tokens) whose first layer is left to vLLM."""
+    model = folder(tmp_path, {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 6, "sliding_window": 64,
+        "layer_types": ["sliding_attention"] * 5 + ["full_attention"], "query_pre_attn_scalar": 128,
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        },
+    })  # fmt: skip
+    with serve(model, tmp_path / "log", *DUMMY, "--kv-cache-dtype", "tqai", "--kv-cache-dtype-skip-layers", "0") as server:
+        assert (
+            "1 layers of sliding window of 64, not compressed, 4 layers of sliding window of 64, 1 layers of full attention"
+            in server.log
+        )
+        prompt = [(7 * n) % 256 for n in range(300)]
+        answers = [server.client.completions.create(model="m", prompt=prompt, max_tokens=9, temperature=0, extra_body={
+            "ignore_eos": True, "return_token_ids": True,
+        }) for _ in range(2)]  # fmt: skip
+        assert len(answers[0].choices[0].token_ids) == 9
+        assert answers[0].choices[0].token_ids == answers[1].choices[0].token_ids
+        read = 5 * sum(range(300, 308))  # by four windows and the full layer; the windows see 64 tokens of it
+        assert server.metric("tqai_layers", kind="sliding window of 64") == 4
+        assert 0 < server.metric("tqai_tokens_read_total") < 2 * read

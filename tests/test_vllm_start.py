@@ -2,21 +2,27 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
 
+from tqai import models
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm_server import ENV
 
 from tqai_plugins.vllm_plugin import compat
 
 load_general_plugins()
+EXAMPLES = Path(__file__).parents[1] / "examples" / "vllm"
 SIZES = {
     "vocab_size": 320, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8,
     "max_position_embeddings": 2048, "torch_dtype": "bfloat16",
@@ -115,3 +121,32 @@ def test_without_the_dtype_others_work_and_tqai_is_one_sentence(version, plugins
     command = [sys.executable, "-c", IN_A_NEW_PROCESS, version]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"VLLM_PLUGINS": plugins}, check=False)
     assert done.returncode == 2 and done.stdout.split()[-1:] == ["fp8"] and said in done.stderr.splitlines()[-1]
+
+
+def commands() -> dict[str, list[str]]:
+    """The arguments of `vllm serve` in the examples."""
+    import yaml
+
+    serve = (EXAMPLES / "serve.sh").read_text().split("exec vllm serve ")[1].replace("\\\n", " ").replace('"${@:2}"', "")
+    compose = yaml.safe_load((EXAMPLES / "docker-compose.yaml").read_text())["services"]["vllm"]["command"][0]
+    deployment = next(yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()))
+    return {
+        "serve.sh": shlex.split(serve)[1:],
+        "docker-compose.yaml": shlex.split(compose.split("vllm serve ")[1].replace("${MODEL:?set MODEL}", "m"))[1:],
+        "kubernetes.yaml": deployment["spec"]["template"]["spec"]["containers"][0]["args"][1:],
+    }
+
+
+@pytest.mark.parametrize("name", ["serve.sh", "docker-compose.yaml", "kubernetes.yaml"])
+def test_vllm_takes_the_arguments_of_the_examples(name):
+    parser = make_arg_parser(FlexibleArgumentParser())
+    arguments = parser.parse_args(["--model", "m", *commands()[name], "--tensor-parallel-size", "4"])
+    assert (arguments.kv_cache_dtype, arguments.port, arguments.tensor_parallel_size) == ("tqai", 8000, 4)
+
+
+def test_the_offline_example():
+    smol = str(models.packaged_folder(models.PACKAGED["demo"]))
+    command = [sys.executable, str(EXAMPLES / "offline.py"), smol]
+    environment = os.environ | ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "The capital of France is Paris" in done.stdout and "5, 6, 7, 8" in done.stdout, done.stderr[-2000:]

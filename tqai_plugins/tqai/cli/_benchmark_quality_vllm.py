@@ -101,8 +101,9 @@ def run(args) -> int:
 
 def _stored(dtype: str, folder: str) -> dict:
     """Bits an element, of codes and scales."""
-    from tqai_plugins.core.kv_format import KVFormat, is_tqai
     from transformers import AutoConfig
+
+    from tqai_plugins.core.kv_format import KVFormat, is_tqai
 
     if not is_tqai(dtype):
         return {"bits": 8.0 if dtype.startswith("fp8") else 16.0}
@@ -145,14 +146,23 @@ class Server:
         self.process = subprocess.Popen(
             self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
-        while True:
-            try:
-                self._get("/health")
-                return self
-            except OSError:
+        try:
+            while not self._answers():
                 if self.process.poll() is not None:
-                    raise OSError(f"vllm serve ended with code {self.process.returncode}: {self._reason()}") from None
+                    raise OSError(f"vllm serve ended with code {self.process.returncode}: {self._reason()}")
                 time.sleep(1)
+        except BaseException:  # a server that is still starting is not left behind
+            self.__exit__()
+            raise
+        Path(self.log.name).unlink()  # kept where it has something to say
+        return self
+
+    def _answers(self) -> bool:
+        try:
+            self._get("/health")
+            return True
+        except OSError:
+            return False
 
     def __exit__(self, *_) -> None:
         if self.process.poll() is None:

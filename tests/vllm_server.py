@@ -1,0 +1,84 @@
+"""A `vllm serve` for tests, on vLLM's CPU build."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+# One thread, not bound to a core: several on a shared machine wait for each other at every small step.
+ENV = {
+    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}  # fmt: skip
+
+
+class Server:
+    def __init__(self, url: str, log: Path):
+        self.url, self.log_file = url, log
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text()
+
+    @property
+    def tokens(self) -> int:
+        """That fit, by vLLM's own line."""
+        return int(re.search(r"KV cache size: ([\d,]+) tokens", self.log)[1].replace(",", ""))
+
+    @property
+    def client(self):
+        import openai
+
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=300, max_retries=0)
+
+    def complete(self, prompt, max_tokens: int = 24, **options) -> str:
+        options = {"model": "m", "temperature": 0, "prompt": prompt, "max_tokens": max_tokens, **options}
+        return self.client.completions.create(**options).choices[0].text
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric over its other labels."""
+        text = urllib.request.urlopen(self.url + "/metrics", timeout=30).read().decode()
+        found = re.findall(rf"^{name}(\{{.*\}})? (\S+)$", text, re.M)
+        assert found, f"{name} is not shown"
+        return sum(float(x) for held, x in found if all(f'{k}="{v}"' in held for k, v in labels.items()))
+
+
+@contextlib.contextmanager
+def serve(model, log: Path, *options, until: str | None = None):
+    """The server once it answers, or once its log says `until`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port,
+        "--served-model-name", "m", "--enforce-eager", *options,
+    ]  # fmt: skip
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENV, start_new_session=True
+        )
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        deadline = time.monotonic() + 300
+        while not (until in server.log if until else _answers(server)):
+            assert process.poll() is None and time.monotonic() < deadline, server.log[-3000:]
+            time.sleep(0.5)
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # one that is still starting does not listen to milder words
+        process.wait()
+
+
+def _answers(server: Server) -> bool:
+    try:
+        urllib.request.urlopen(server.url + "/health", timeout=5)
+        return True
+    except OSError:
+        return False
