@@ -46,7 +46,7 @@ class Server:
             time.sleep(0.2)
         raise AssertionError(log.read_text())
 
-    def post(self, body: dict, timeout: float = 120):
+    def post(self, body: dict, timeout: float = 600):
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
         )
@@ -198,14 +198,14 @@ def test_the_module_takes_the_same_flags(tmp_path):
 )
 def test_bad_flags_end_in_one_sentence(flags, said):
     command = [sys.executable, "-m", "tqai", "serve", "--mlx", str(mlx_models.folder_of("llama")), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, check=False)
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_model_that_cannot_be_served_ends_the_server(tmp_path):
     folder = mlx_models.write(tmp_path / "narrow", "llama", head_dim=40)
     command = [sys.executable, "-m", "tqai", "serve", "--mlx", str(folder), "--port", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, check=False)
     assert done.returncode == 2 and "head dimensions that are multiples of 16" in done.stderr.splitlines()[-1]
 
 
@@ -226,7 +226,7 @@ def environment(tmp_path_factory):
 
 
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, env=ENV | env, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, env=ENV | env, timeout=300, check=True)
 
 
 def test_enable_and_disable(environment, tmp_path):
