@@ -9,7 +9,8 @@ from pathlib import Path
 # The first word of a file's name -> the command whose --json wrote it, and whose --plot draws it.
 COMMANDS = {
     "codebooks": "codebook", "codec": "benchmark_codec", "forward": "benchmark_forward", "kernels": "benchmark_kernels",
-    "plan": "plan", "quality": "benchmark_quality", "recommend": "recommend", "serving": "benchmark_serving",
+    "plan": "plan", "quality": "benchmark_quality", "recommend": "recommend",
+    "served": "_benchmark_quality_vllm", "serving": "benchmark_serving",
 }  # fmt: skip
 
 
