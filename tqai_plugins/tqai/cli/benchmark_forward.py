@@ -125,10 +125,11 @@ def show(data: dict) -> None:
     from rich.table import Table
 
     table = Table(
-        "configuration", "perplexity", "change", "KL divergence", "top-1", "same tokens", "tokens/s", "cache MB",
-        box=box.SIMPLE,
+        "", "perplexity", "change", "KL", "top-1", "same text", "tokens/s", "cache MB",
+        box=box.SIMPLE, padding=(0, 1), pad_edge=False,
         title=f"{data['model']}: {data['windows']} windows of {data['context']} tokens, {data['generated']} generated",
     )  # fmt: skip
+    table.columns[0].no_wrap = True
     base = data["rows"][0]["perplexity"]
     for row in data["rows"]:
         table.add_row(
@@ -138,6 +139,7 @@ def show(data: dict) -> None:
         )  # fmt: skip
     console = Console()
     console.print(table)
+    console.print("KL: mean divergence from the baseline, nats; same text: generated tokens equal to the baseline's.")
     console.print(
         "Activations (hidden, ffn) are quantized and dequantized on their way: it costs time and saves no memory."
     )
@@ -152,10 +154,8 @@ def plot(data: dict, path: str) -> None:
     rows = data["rows"]
     names = [row["name"] for row in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    bars = left.barh(
-        names[1:], [row["kld"] for row in rows[1:]], xerr=[row["kld_error"] for row in rows[1:]], color="tab:blue"
-    )
-    left.bar_label(bars, [f"{row['kld']:.4f}" for row in rows[1:]], padding=4, fontsize=8)
+    bars = left.barh(names, [row["kld"] for row in rows], xerr=[row["kld_error"] for row in rows], color="tab:blue")
+    left.bar_label(bars, [f"{row['kld']:.4f}" for row in rows], padding=4, fontsize=8)
     left.set(xlabel="mean KL divergence, nats", xlim=(0, 1.3 * max(row["kld"] for row in rows)))
     colors = ["tab:gray"] + ["tab:blue"] * (len(rows) - 1)
     bars = right.barh(names, [row["tokens_per_second"] for row in rows], color=colors)
