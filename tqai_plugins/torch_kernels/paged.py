@@ -31,11 +31,14 @@ def store(
     page, offset = slots[kept] // page_tokens, slots[kept] % page_tokens
     heads = torch.arange(pages.shape[1], device=pages.device)
     at = (page[:, None], heads[None, :], offset[:, None])
-    for x, bits, codes, scales in (
-        (key, fmt.bits_k, *_columns(pages, fmt, page_tokens)[0::2]),
-        (value, fmt.bits_v, *_columns(pages, fmt, page_tokens)[1::2]),
-    ):
-        packed, worth = codec.quantize(x[kept].float(), bits, on_invalid="flag")
+    states = torch.stack([key[kept], value[kept]]).float()
+    if fmt.bits_k == fmt.bits_v:  # at once: for a few tokens on a CPU it is the number of operations that takes the time
+        quantized = list(zip(*codec.quantize(states, fmt.bits_k, on_invalid="flag"), strict=True))
+    else:
+        widths = zip(states, (fmt.bits_k, fmt.bits_v), strict=True)
+        quantized = [codec.quantize(x, bits, on_invalid="flag") for x, bits in widths]
+    k, v, k_scales, v_scales = _columns(pages, fmt, page_tokens)
+    for (packed, worth), codes, scales in zip(quantized, (k, v), (k_scales, v_scales), strict=True):
         codes[at] = packed
         scales[at] = worth[..., None].view(torch.uint8)
 
