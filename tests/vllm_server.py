@@ -35,7 +35,7 @@ class Server:
     def client(self):
         import openai
 
-        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=300, max_retries=0)
+        return openai.OpenAI(base_url=self.url + "/v1", api_key="none", timeout=900, max_retries=0)
 
     def complete(self, prompt, max_tokens: int = 24, **options) -> str:
         options = {"model": "m", "temperature": 0, "prompt": prompt, "max_tokens": max_tokens, **options}
