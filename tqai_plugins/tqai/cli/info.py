@@ -11,7 +11,7 @@ from tqai_plugins.core.kv_format import WIDTHS, KVFormat
 # Releases that this version of tqai was run with, first and last minor number.
 TESTED = {
     "torch": ("2.11", "2.13"),
-    "transformers": ("5.17", "5.23"),
+    "transformers": ("5.17", "5.24"),
     "triton": ("3.6", "3.9"),
     "vllm": ("0.26", "0.32"),
 }
