@@ -208,6 +208,7 @@ class Impl(TurboQuantAttentionImpl):
         kv_cache_dtype="tqai", logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
         sinks=None, **_,
     ):
+        compat.check_layer(kv_cache_dtype, attn_type, alibi_slopes)
         compat.set_active(kv_cache_dtype)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
@@ -216,8 +217,6 @@ class Impl(TurboQuantAttentionImpl):
         self.soft_cap = logits_soft_cap or None
         self.sliding_window = sliding_window
         self.sinks = sinks  # a parameter of the model, loaded later
-        if alibi_slopes is not None:
-            raise ValueError(f"--kv-cache-dtype {kv_cache_dtype} does not serve models with ALiBi; use another dtype")
         if kv_sharing_target_layer_name is not None:
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype} does not serve layers that read another layer's cache on CUDA yet; "
