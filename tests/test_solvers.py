@@ -152,3 +152,19 @@ def test_patch_and_the_environment_use_it(file):
     named = Codebook(64, 2, other.magnitudes, other.unit)
     Codebook(64, 2, other.magnitudes, other.unit, f"x-{named.digest}").write(file, {})
     assert "it would not be used" in run(str(file)).stderr
+
+
+def test_the_report_reads_a_model_with_each_codebook(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    import small_model
+
+    monkeypatch.setattr("tqai.cli.codebook.SOLVERS", ("lloyd_max",))
+    model = str(small_model.write(tmp_path / "model"))
+    argv = ["codebook", "report", "--bits", "2,3", "--model", model, "--context", "64", "--windows", "2", "--head-dims"]
+    assert main([*argv, "32", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    plain = [row for row in rows if row["objective"] == "mse"]
+    assert [row["kld_more"] for row in plain] == [0, 0] and plain[0]["kld"] > 1.5 * plain[1]["kld"] > 0
+    other = [row for row in rows if row["objective"] == "attention" and row["magnitudes"] != plain[row["bits"] - 2]["magnitudes"]]
+    assert other and all(row["kld_more"] for row in other)
+    assert main([*argv, "64"]) == 2 and "has head_dim 32; give --head-dims 32" in capsys.readouterr().err

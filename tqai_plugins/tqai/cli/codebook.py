@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from pathlib import Path
 
@@ -26,6 +27,10 @@ def add_parser(subparsers):
     report.add_argument("--head-dims", default="64,128", help="(%(default)s)")
     report.add_argument("--bits", default="2,3,4", help="(%(default)s)")
     report.add_argument("--seed", type=int, default=0)
+    report.add_argument("--model", help="with the KL divergence of this model, keys and values of each width")
+    report.add_argument("--text", type=Path, help="text that the model reads (a built-in one)")
+    report.add_argument("--context", type=int, default=512, help="tokens of a window, the second half is scored (512)")
+    report.add_argument("--windows", type=int, default=2, help="windows, evenly spaced in the text (2)")
     report.add_argument("--plot", metavar="FILE", help="write a PNG of what each gains")
     for action, name in ((build, "build"), (report, "report")):
         add_json(action)
@@ -87,17 +92,25 @@ def compared(book) -> dict:
 
 def report(args) -> int:
     from . import emit
+    from ._codebook_fidelity import Reading, add_divergences
     from .benchmark_quality import machine
 
-    rows = []
-    for head_dim in _numbers(args.head_dims, "--head-dims"):
-        for bits in _numbers(args.bits, "--bits"):
-            for solver in SOLVERS:
-                for objective in OBJECTIVES:
-                    book, seconds = solved(head_dim, bits, solver, objective, args.seed)
-                    head = {"head_dim": head_dim, "bits": bits, "solver": solver, "objective": objective}
-                    rows.append({**head, "seconds": seconds, **compared(book), "magnitudes": book.magnitudes})
+    rows, books = [], []
     data = {"seed": args.seed, "held_out_vectors": HELD_OUT_SAMPLES, "machine": machine("numpy"), "rows": rows}
+    head_dims = _numbers(args.head_dims, "--head-dims")
+    reading = args.model and Reading(args.model, args.text, args.context, args.windows)
+    if reading:
+        reading.check(head_dims)
+        data |= {"machine": machine("numpy", "torch", "transformers"), **reading.as_json()}
+    for head_dim, bits, solver, objective in itertools.product(
+        head_dims, _numbers(args.bits, "--bits"), SOLVERS, OBJECTIVES
+    ):
+        book, seconds = solved(head_dim, bits, solver, objective, args.seed)
+        head = {"head_dim": head_dim, "bits": bits, "solver": solver, "objective": objective}
+        rows.append({**head, "seconds": seconds, **compared(book), "magnitudes": book.magnitudes})
+        books.append(book)
+    if reading:
+        add_divergences(rows, books, reading)
     emit(args, data, lambda: show_report(rows))
     if args.plot:
         plot(data, args.plot)
@@ -116,12 +129,19 @@ def show_report(rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("head_dim", "bits", "solver", "objective", "mean squared error", "attention, KL", "s", box=box.SIMPLE)
+    read = "kld" in rows[0]  # by a model, whose head_dim is that of all rows
+    columns = ["bits", "solver", "objective", *(("error", "attention") if read else ("mean squared error", "attention, KL"))]
+    columns = [*columns, "model KL", "more"] if read else ["head_dim", *columns, "s"]
+    table = Table(*columns, box=box.SIMPLE, padding=(0, 1, 0, 0))
     for row in rows:
-        table.add_row(
-            str(row["head_dim"]), str(row["bits"]), row["solver"], row["objective"],
-            *(f"{row[o]:.5f} ({row[f'{o}_change']:+.2%})" for o in OBJECTIVES), f"{row['seconds']:.1f}",
-        )  # fmt: skip
+        cells = [str(row["bits"]), row["solver"], row["objective"]]
+        changes = [f"{row[f'{objective}_change']:+.2%}" for objective in OBJECTIVES]
+        cells += changes if read else [f"{row[o]:.5f} ({change})" for o, change in zip(OBJECTIVES, changes)]
+        if read:
+            cells += [f"{row['kld']:.4f}", f"{row['kld_more']:+.4f} ± {row['kld_more_error']:.4f}"]
+        else:
+            cells = [str(row["head_dim"]), *cells, f"{row['seconds']:.1f}"]
+        table.add_row(*cells)
     Console().print(table)
 
 
@@ -131,19 +151,31 @@ def plot(data: dict, path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, both = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    kinds = {"mse": "mean squared error", "attention": "attention divergence"}
+    if "kld" in data["rows"][0]:
+        kinds["model"] = f"{data['model']}: KL divergence"
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(2 + 4 * len(kinds), 4), sharey=True)
     names = [f"{solver}, {objective}" for solver in SOLVERS for objective in OBJECTIVES]
-    for axes, objective, title in zip(both, OBJECTIVES, ("mean squared error", "attention divergence")):
+    for axes, (kind, title) in zip(panels, kinds.items()):
         for row in data["rows"]:
-            y = names.index(f"{row['solver']}, {row['objective']}")
+            y = names.index(f"{row['solver']}, {row['objective']}") + (row["bits"] - 3) / 8
+            change, error = _change(row, kind)
             marker = {64: "o", 128: "s"}.get(row["head_dim"], "^")
-            axes.plot(100 * row[f"{objective}_change"], y, marker, color=f"C{row['bits'] - 2}", alpha=0.7)
+            axes.errorbar(100 * change, y, xerr=100 * error, fmt=marker, color=f"C{row['bits'] - 2}", alpha=0.7)
         axes.axvline(0, color="gray", linewidth=0.8)
         axes.set(title=title, xlabel="change against the shipped codebook, %", yticks=range(len(names)), yticklabels=names)
         axes.grid(alpha=0.3)
     seen = sorted({(row["head_dim"], row["bits"]) for row in data["rows"]})
     for head_dim, bits in seen:
-        both[1].plot([], [], {64: "o", 128: "s"}.get(head_dim, "^"), color=f"C{bits - 2}", label=f"head_dim {head_dim}, {bits} bits")
-    both[1].legend(fontsize=8)
+        panels[1].plot([], [], {64: "o", 128: "s"}.get(head_dim, "^"), color=f"C{bits - 2}", label=f"head_dim {head_dim}, {bits} bits")
+    panels[1].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
+
+
+def _change(row: dict, kind: str) -> tuple[float, float]:
+    """By how much of the shipped codebook's figure this one's differs, and that difference's standard error."""
+    if kind == "model":
+        shipped = row["kld"] - row["kld_more"]
+        return row["kld_more"] / shipped, row["kld_more_error"] / shipped
+    return row[f"{kind}_change"], 0.0
