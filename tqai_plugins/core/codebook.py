@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def use(book: Codebook) -> None:
             f"at {book.bits} bits; start a new process, with {ENVIRONMENT}=FILE if it is a server"
         )
     _in_use[book.head_dim, book.bits] = book
+
+
+def use_for(books: Iterable[Codebook], head_dim: int, widths: Collection[int]) -> None:
+    """use() each; ValueError for one that a cache with this head_dim and these widths would not read."""
+    for book in books:
+        if book.head_dim != head_dim or book.bits not in widths:
+            raise ValueError(
+                f"codebook {book.name!r} is for head_dim {book.head_dim} at {book.bits} bits, but this cache has "
+                f"head_dim {head_dim} with {', '.join(map(str, sorted(widths)))} bits: it would not be used"
+            )
+        use(book)
 
 
 @functools.lru_cache(None)

@@ -87,19 +87,11 @@ def _converted(config, options: dict) -> dict:
 
 
 def _use_codebooks(files, config, options) -> None:
-    from tqai_plugins.core.codebook import Codebook, use
+    from tqai_plugins.core.codebook import Codebook, use_for
 
-    head_dim = configurations.head_dim_of(config)
     pairs = [(options.bits_k, options.bits_v), *map(parse_name, (options.layer_formats or {}).values())]
-    widths = sorted({bits for pair in pairs for bits in pair})
-    for file in [files] if isinstance(files, (str, os.PathLike)) else files:
-        book = Codebook.read(file)
-        if book.head_dim != head_dim or book.bits not in widths:
-            raise ValueError(
-                f"codebook {book.name!r} is for head_dim {book.head_dim} at {book.bits} bits, but this cache has "
-                f"head_dim {head_dim} with {', '.join(map(str, widths))} bits: it would not be used"
-            )
-        use(book)
+    books = map(Codebook.read, [files] if isinstance(files, (str, os.PathLike)) else files)
+    use_for(books, configurations.head_dim_of(config), {bits for pair in pairs for bits in pair})
 
 
 def _is_mlx(model) -> bool:

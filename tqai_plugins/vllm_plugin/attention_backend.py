@@ -27,7 +27,7 @@ from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
 from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
 from tqai_plugins.triton_kernels.workspace import Workspace
 
-from . import compat, metrics, prefill, recent_memory
+from . import compat, metrics, prefill, presets, recent_memory
 
 # The logger's name must lie under vLLM's for its handlers to print it.
 logger = init_logger("vllm.tqai")
@@ -212,8 +212,6 @@ class Impl(TurboQuantAttentionImpl):
         compat.set_active(kv_cache_dtype)
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype = kv_cache_dtype
-        self.fmt = KVFormat.from_name(kv_cache_dtype, head_size)
         self.soft_cap = logits_soft_cap or None
         self.sliding_window = sliding_window
         self.sinks = sinks  # a parameter of the model, loaded later
@@ -222,21 +220,25 @@ class Impl(TurboQuantAttentionImpl):
                 f"--kv-cache-dtype {kv_cache_dtype} does not serve layers that read another layer's cache on CUDA yet; "
                 "use another dtype for this model"
             )
-        if not self.fmt.served or head_size > 256:
+        if not KVFormat.from_name(kv_cache_dtype, head_size).served or head_size > 256:
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype} serves head dimensions that are multiples of 16 up to 256, "
                 f"this model has {head_size}; use another dtype"
             )
         self.fa_version = get_flash_attn_version(head_size=head_size)
-        config = get_current_vllm_config()
-        device = torch.device("cuda", torch.cuda.current_device())
-        requests = config.scheduler_config.max_num_seqs
-        query_len = min(MAX_QUERY_LEN, compat.query_token_limit(config))
-        rows = max_partial_rows(requests, num_heads, self.num_kv_heads, query_len, self.fmt, device)
-        self.workspace = _workspace(requests * query_len, num_heads, head_size, rows, device)
-        self.ptx = uses_ptx(device)
-        self.config = config
+        self.config = get_current_vllm_config()
+        self.ptx = uses_ptx(torch.device("cuda", torch.cuda.current_device()))
         self.recent_pages = None
+        self.use_format(kv_cache_dtype)
+
+    def use_format(self, name: str) -> None:
+        """Before any page is made: the run's format, or for a layer of a preset another."""
+        self.kv_cache_dtype, self.fmt = name, KVFormat.from_name(name, self.head_size)
+        device = torch.device("cuda", torch.cuda.current_device())
+        requests = self.config.scheduler_config.max_num_seqs
+        query_len = min(MAX_QUERY_LEN, compat.query_token_limit(self.config))
+        rows = max_partial_rows(requests, self.num_heads, self.num_kv_heads, query_len, self.fmt, device)
+        self.workspace = _workspace(requests * query_len, self.num_heads, self.head_size, rows, device)
 
     def recent_bytes(self) -> int:
         """Of one 8-bit copy of a recent page in this layer."""
@@ -244,6 +246,7 @@ class Impl(TurboQuantAttentionImpl):
 
     def process_weights_after_loading(self, act_dtype):
         """After the weights and before vLLM measures free memory: reserve what is not a page."""
+        presets.apply(self.config)
         metrics.announce(self.config, "Triton with byte permutes (PTX)" if self.ptx else "plain Triton")
         device = self.workspace.planes.device
         device_tables.make_all(self.fmt, act_dtype, device)

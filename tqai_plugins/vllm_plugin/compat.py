@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import get_args
 
 from tqai_plugins.core import converted_folder
+from tqai_plugins.core.codebook import use
 from tqai_plugins.core.kv_format import SERVED_NAMES, KVFormat, is_tqai, parse_name
+
+from .options import Options
 
 OLDEST, NEWEST = (0, 26), (0, 33)
 OVERRIDE = "TQAI_VLLM_ANY_VERSION"
@@ -178,15 +181,19 @@ def set_active(name: str) -> None:
     global _active
     parse_name(name)
     _active = name
-    _use_folder_codebooks()
+    _use_codebooks()
 
 
-def _use_folder_codebooks() -> None:
-    """In each process: the codebooks that a folder of `tqai convert` was made with."""
+def _use_codebooks() -> None:
+    """In each process: the codebooks of the options, and those that a folder of `tqai convert` was made with."""
     from vllm.config import get_current_vllm_config
     from vllm.logger import init_logger
 
-    entry = getattr(get_current_vllm_config().model_config.hf_config, converted_folder.ENTRY, None)
+    config = get_current_vllm_config()
+    for book in Options.of(config).codebooks:
+        use(book)
+        init_logger("vllm.tqai").info_once("tqai: codebook %s for %d bits", book.name, book.bits)
+    entry = getattr(config.model_config.hf_config, converted_folder.ENTRY, None)
     if entry is not None:
         converted_folder.format_of(entry)
         names = ", ".join(book["name"] for book in entry["codebooks"])
@@ -224,6 +231,31 @@ def customize_spec(spec):
     from dataclasses import replace
 
     return replace(spec, state_content_bytes=active_format(spec.head_size).slot_bytes)
+
+
+def check_presets() -> None:
+    """ValueError before 0.29, where a page's shape is asked of the backend, which does not know the layer."""
+    from vllm.v1.attention.backend import AttentionBackend
+
+    if "get_kv_cache_shape" in vars(AttentionBackend):
+        import vllm
+
+        raise ValueError(f"presets need vLLM 0.29 or newer, this is {vllm.__version__}; leave out the tqai option preset")
+
+
+def layer_index(name: str) -> int:
+    """The number in the name of a layer, such as model.layers.3.self_attn.attn."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(name)
+
+
+def own_page_size(layer) -> None:
+    """0.29 on: let an attention layer ask for pages of its own dtype, which is not that of the run."""
+    from dataclasses import replace
+
+    stock, slot_bytes = layer.get_kv_cache_spec, KVFormat.from_name(layer.kv_cache_dtype, layer.head_size).slot_bytes
+    layer.get_kv_cache_spec = lambda config: replace(stock(config), state_content_bytes=slot_bytes)
 
 
 def query_token_limit(vllm_config) -> int:

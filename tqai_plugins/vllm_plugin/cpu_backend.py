@@ -19,7 +19,7 @@ from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SERVED_NAMES, KVForm
 from tqai_plugins.torch_kernels import paged
 from tqai_plugins.torch_kernels.recent import RecentCopies, claim
 
-from . import compat, metrics, recent_memory
+from . import compat, metrics, presets, recent_memory
 
 logger = init_logger("vllm.tqai")
 
@@ -138,6 +138,10 @@ class Impl(CPUAttentionBackendImpl):
         self.window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
 
+    def use_format(self, name: str) -> None:
+        """Before any page is made: another format than the run's."""
+        self.kv_cache_dtype, self.fmt = name, KVFormat.from_name(name, self.head_size)
+
     def recent_bytes(self) -> int:
         """Of one 8-bit copy of a recent page in this layer."""
         if self.kv_sharing_target_layer_name is not None:
@@ -148,6 +152,7 @@ class Impl(CPUAttentionBackendImpl):
         """After the weights and before vLLM measures free memory: reserve what is not a page."""
         if self.fmt is None:
             return
+        presets.apply(self.config)
         metrics.announce(self.config, "plain PyTorch on the CPU")
         copies = recent_memory.copies(self.config)
         if copies and self.recent_bytes():

@@ -122,6 +122,7 @@ def announce(config, kernels: str) -> None:
     _announced = True
     layers = _cached_layers(config)
     kinds: Counter = Counter()
+    formats: Counter = Counter()
     coded = plain = 0
     for layer in layers:
         window = getattr(layer, "sliding_window", None)
@@ -131,18 +132,20 @@ def announce(config, kernels: str) -> None:
         if is_tqai(layer.kv_cache_dtype):
             fmt = KVFormat.from_name(layer.kv_cache_dtype, layer.head_size)
             coded += layer.num_kv_heads * fmt.slot_bytes
+            formats[fmt.name] += 1
         else:
             kind += ", not compressed"
             coded += dense
         kinds[kind] += 1
+    held = f"{fmt.name}, {fmt.bits_k}-bit keys and {fmt.bits_v}-bit values"
+    if len(formats) > 1:
+        held = f"of a preset, {', '.join(f'{n} layers {name}' for name, n in sorted(formats.items()))}"
     logger.info(
-        "tqai: KV cache %s, %d-bit keys and %d-bit values: %s; %s bytes a token in all layers here, %.2f times smaller "
-        "than 16 bits; kernels: %s",
-        fmt.name, fmt.bits_k, fmt.bits_v, ", ".join(f"{n} layers of {kind}" for kind, n in kinds.items()),
-        f"{coded:,}", plain / coded, kernels,
+        "tqai: KV cache %s: %s; %s bytes a token in all layers here, %.2f times smaller than 16 bits; kernels: %s",
+        held, ", ".join(f"{n} layers of {kind}" for kind, n in kinds.items()), f"{coded:,}", plain / coded, kernels,
     )  # fmt: skip
     files = _of_process(config)
-    files.set("tqai_cache_info", 1, format=fmt.name, kernels=kernels)
+    files.set("tqai_cache_info", 1, format=fmt.name if len(formats) == 1 else "preset", kernels=kernels)
     files.set("tqai_token_bytes", coded)
     files.set("tqai_compression_ratio", plain / coded)
     for kind, number in kinds.items():

@@ -7,24 +7,11 @@ from vllm.logger import init_logger
 
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, is_tqai, parse_name
 
+from .options import Options
+
 logger = init_logger("vllm.tqai")
 
-DEFAULT_SHARE = 0.02
 SPARE = 16  # copies beyond those of running sequences, for chunks of prefill that come and go
-
-
-def share(config) -> float:
-    """The option, a fraction of KV memory; ValueError if it is not one."""
-    options = (config.additional_config or {}).get("tqai", {}) if isinstance(config.additional_config, dict) else {}
-    unknown = set(options) - {"recent_memory"}
-    if unknown:
-        raise ValueError(f"--additional-config has the tqai options {sorted(unknown)}; allowed is recent_memory")
-    value = options.get("recent_memory", DEFAULT_SHARE)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 0.5:
-        raise ValueError(
-            f"the tqai option recent_memory is {value!r}; allowed is a fraction of KV memory from 0 to 0.5"
-        )
-    return value
 
 
 def fits(page_tokens: int) -> bool:
@@ -43,9 +30,9 @@ def warn_unless_fits(page_tokens: int) -> None:
 
 def why_none(config) -> str | None:
     """Why a server keeps no copies, None if it does."""
-    if parse_name(config.cache_config.cache_dtype) == (8, 8):
+    if parse_name(config.cache_config.cache_dtype) == (8, 8) and Options.of(config).preset is None:
         return "all tokens have 8 bits"
-    if share(config) == 0:
+    if Options.of(config).recent_memory == 0:
         return "recent_memory is 0"
     cache = config.cache_config  # without a wish of the user's, the backend's own choice comes later, and fits
     if cache.user_specified_block_size and not fits(cache.block_size):
@@ -80,7 +67,7 @@ def copies(config) -> int:
 
 def _count(config) -> int:
     wanted = RECENT_PAGES * config.scheduler_config.max_num_seqs + SPARE
-    return max(0, min(wanted, int(share(config) * _kv_memory(config)) // _copy_bytes(config)))
+    return max(0, min(wanted, int(Options.of(config).recent_memory * _kv_memory(config)) // _copy_bytes(config)))
 
 
 def _copy_bytes(config) -> int:

@@ -31,7 +31,8 @@ def name_check(refusal: str | None) -> Callable[[str], str]:
 
 def check(config) -> None:
     """ValueError for a vllm.config.VllmConfig that cannot be served with the tqai dtype it asks for."""
-    from . import recent_memory
+    from . import presets
+    from .options import Options
 
     model = config.model_config
     name = config.cache_config.cache_dtype
@@ -47,4 +48,6 @@ def check(config) -> None:
             raise ValueError(
                 f"--kv-cache-dtype {name} does not serve models with {what}, which {model.model} is; use --kv-cache-dtype auto"
             )
-    recent_memory.share(config)
+    Options.of(config)
+    presets.check(config)
+    presets.use_codebooks(config)

@@ -79,7 +79,7 @@ def run(args) -> int:
     preset = Preset(Path(args.model).name, num_layers, head_dim, formats)
     uniform = [like] if args.budget is None else []
     data = settings | {
-        "widths": widths, "layers": dict(formats), "bits": preset.bits_per_element, "expected": mix.expected,
+        "widths": widths, "num_layers": num_layers, "layers": dict(formats), "bits": preset.bits_per_element, "expected": mix.expected,
         "like": like.name if uniform else None, "like_bits": like.bits_per_element if uniform else None,
         "budget": args.budget,
         "sensitivity": {trial.key: measured[trial] for trial in wanted}, "machine": benchmark_quality.machine(),
@@ -182,7 +182,8 @@ def show(data: dict, out: Path) -> None:
         table.add_row(name, ", ".join(by_format[name]))
     console.print(table)
     console.print(
-        f"{out}: {data['bits']:.3f} bits an element, {data['expected']:.4f} nats expected; use it with --config {out}"
+        f"{out}: {data['bits']:.3f} bits an element, {data['expected']:.4f} nats expected. Use it with --config {out}, "
+        f"tqai serve --mlx MODEL --kv-cache-dtype {out}{_vllm_use(data, out)}"
     )
     if not data["check"]:
         return
@@ -202,6 +203,12 @@ def show(data: dict, out: Path) -> None:
         if "more_than_preset" in row:
             how = "no exact tokens" if strategy == "full" else "exact tokens"
             console.print(f"{how}: {verdict(row, name)}")
+
+
+def _vllm_use(data: dict, out: Path) -> str:
+    if data["num_layers"] != len(data["layers"]):
+        return ". vLLM cannot serve it, since this model has layers of several kinds"
+    return f""" or vllm serve MODEL --kv-cache-dtype tqai --additional-config '{{"tqai": {{"preset": "{out}"}}}}'"""
 
 
 def verdict(row: dict, name: str) -> str:

@@ -1,0 +1,62 @@
+"""What --additional-config '{"tqai": {...}}' says: recent_memory, preset and codebook."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tqai_plugins.core.codebook import Codebook
+from tqai_plugins.core.preset import Preset
+
+NAMES = ("recent_memory", "preset", "codebook")
+DEFAULT_SHARE = 0.02
+
+
+@dataclass(frozen=True)
+class Options:
+    """recent_memory: the fraction of KV memory for 8-bit copies of recent pages. preset: the formats of single
+    layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`."""
+
+    recent_memory: float = DEFAULT_SHARE
+    preset: Preset | None = None
+    codebooks: tuple[Codebook, ...] = ()
+
+    @classmethod
+    def of(cls, config) -> Options:
+        """Those of a vllm.config.VllmConfig; ValueError for one that is unknown or no good."""
+        additional = config.additional_config
+        given = additional.get("tqai", {}) if isinstance(additional, dict) else {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"--additional-config has the tqai options {given!r}; expected names and values in braces")
+        unknown = set(given) - set(NAMES)
+        if unknown:
+            raise ValueError(f"--additional-config has the tqai options {sorted(unknown)}; allowed are {', '.join(NAMES)}")
+        return cls(_share(given), _preset(given.get("preset")), _codebooks(given.get("codebook", ())))
+
+
+def _share(given: Mapping) -> float:
+    value = given.get("recent_memory", DEFAULT_SHARE)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 0.5:
+        raise ValueError(f"the tqai option recent_memory is {value!r}; allowed is a fraction of KV memory from 0 to 0.5")
+    return value
+
+
+def _preset(path: object) -> Preset | None:
+    if path is None:
+        return None
+    if not isinstance(path, str) or not os.path.isfile(path):
+        raise ValueError(f"the tqai option preset is {path!r}; expected a file of `tqai recommend`")
+    return _read_preset(path)
+
+
+def _codebooks(paths: object) -> tuple[Codebook, ...]:
+    paths = [paths] if isinstance(paths, str) else paths
+    if not isinstance(paths, (list, tuple)) or not all(isinstance(path, str) and os.path.isfile(path) for path in paths):
+        raise ValueError(f"the tqai option codebook is {paths!r}; expected a file of `tqai codebook build`, or a list of them")
+    return tuple(map(_read_codebook, paths))
+
+
+_read_preset = functools.lru_cache(Preset.read)
+_read_codebook = functools.lru_cache(Codebook.read)
