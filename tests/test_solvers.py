@@ -154,17 +154,17 @@ def test_patch_and_the_environment_use_it(file):
     assert "it would not be used" in run(str(file)).stderr
 
 
+@pytest.mark.slow
 def test_the_report_reads_a_model_with_each_codebook(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
     import small_model
 
     monkeypatch.setattr("tqai.cli.codebook.SOLVERS", ("lloyd_max",))
     model = str(small_model.write(tmp_path / "model"))
-    argv = ["codebook", "report", "--bits", "2,3", "--model", model, "--context", "64", "--windows", "2", "--head-dims"]
+    argv = ["codebook", "report", "--bits", "3", "--model", model, "--context", "64", "--windows", "2", "--head-dims"]
     assert main([*argv, "32", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
-    plain = [row for row in rows if row["objective"] == "mse"]
-    assert [row["kld_more"] for row in plain] == [0, 0] and plain[0]["kld"] > 1.5 * plain[1]["kld"] > 0
-    other = [row for row in rows if row["objective"] == "attention" and row["magnitudes"] != plain[row["bits"] - 2]["magnitudes"]]
-    assert other and all(row["kld_more"] for row in other)
+    plain, other = json.loads(capsys.readouterr().out)["rows"]
+    assert (plain["objective"], plain["kld_more"]) == ("mse", 0) and plain["kld"] > 0.1
+    assert other["magnitudes"] != plain["magnitudes"] and other["kld"] == pytest.approx(plain["kld"] + other["kld_more"])
+    assert other["kld_more"] != 0
     assert main([*argv, "64"]) == 2 and "has head_dim 32; give --head-dims 32" in capsys.readouterr().err
