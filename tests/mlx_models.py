@@ -31,7 +31,9 @@ KINDS = {
             "activation_sparsity_pattern": [0.0] * 5,
         }
     },
+    # mlx-lm's phi3small sets the logits of tokens 100256 to 100351, whatever the vocabulary; MLX does not check the indices.
     "phi3small": {
+        "vocab_size": 100352,
         "layer_norm_epsilon": 1e-5, "ff_intermediate_size": 256, "gegelu_limit": 20.0, "dense_attention_every_n_layers": 2,
         "blocksparse_block_size": 64, "blocksparse_num_local_blocks": 4, "blocksparse_vert_stride": 8,
         "mup_attn_multiplier": 1.0, "mup_use_scaling": True, "mup_embedding_multiplier": 10.0, "mup_width_multiplier": 8.0,
