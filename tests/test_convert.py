@@ -45,9 +45,27 @@ def test_the_command_says_what_it_wrote_and_saved(original, tmp_path, capsys):
     assert main([*argv, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["format"] == "tqai_k8v4" and data["seconds_after"] > 0 and data["seconds_before"] > 0
+    config = json.loads((tmp_path / "c" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     assert {"config.json", "model.safetensors", "tokenizer.json", "tqai.json"} <= {p.name for p in (tmp_path / "c").iterdir()}
     assert main(argv) == 2 and "is there already" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"], "nothing is left beside it"
+
+
+def test_ropes_entries_have_their_older_names_too(tmp_path):
+    """mlx-lm's llama reads only those; transformers reads the same from both."""
+    from transformers import AutoConfig, LlamaConfig
+
+    scaled = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+    }  # fmt: skip
+    LlamaConfig(rope_parameters=dict(scaled)).save_pretrained(tmp_path)
+    before = AutoConfig.from_pretrained(tmp_path).to_dict()
+    models.write_config(tmp_path, {})
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["rope_theta"] == 5e5 and written["rope_scaling"]["factor"] == 8.0 and "rope_theta" not in written["rope_scaling"]
+    assert AutoConfig.from_pretrained(tmp_path).to_dict() == before
 
 
 def test_run_and_patch_take_its_format_unless_told_otherwise(folder, original, capsys):

@@ -12,6 +12,7 @@ import mlx_lm
 import mlx_models
 import tqai
 from mlx_lm.models.cache import make_prompt_cache
+from tqai import models
 
 from tqai_plugins.core import converted_folder
 from tqai_plugins.core.kv_format import KVFormat
@@ -27,6 +28,18 @@ def folder(tmp_path):
     (made / "config.json").write_text(json.dumps(config))
     converted_folder.write_manifest(made, "llama")
     return made
+
+
+def test_mlx_lm_reads_the_rope_of_what_transformers_5_saved(tmp_path):
+    """Its llama knows no rope_parameters, and would silently take 10,000."""
+    made = shutil.copytree(mlx_models.folder_of("llama"), tmp_path / "model")
+    config = json.loads((made / "config.json").read_text())
+    del config["rope_theta"]
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 100_000.0}
+    (made / "config.json").write_text(json.dumps(config))
+    assert mlx_lm.load(str(made))[0].args.rope_theta == 10_000
+    models.write_config(made, {})
+    assert mlx_lm.load(str(made))[0].args.rope_theta == 100_000
 
 
 def widths(model) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -37,9 +36,7 @@ def convert(model: str, folder: Path, name: str, dtype=None) -> KVFormat:
         with models._quiet_library(), models._status(f"Writing {folder}"):
             loaded.save_pretrained(made, max_shard_size=SHARD)
             tokenizer.save_pretrained(made)
-            config = json.loads((made / "config.json").read_text())
-            config[converted_folder.ENTRY] = converted_folder.entry(fmt)
-            (made / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            models.write_config(made, {converted_folder.ENTRY: converted_folder.entry(fmt)})
             for file in made.iterdir():
                 file.chmod(0o644)
             converted_folder.write_manifest(made, made_from=Path(model).name)

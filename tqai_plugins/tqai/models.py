@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -125,6 +126,23 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         plain.generation_config = coded.generation_config
         plain.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    write_config(folder, {})
+
+
+def write_config(folder: Path, entries: dict) -> None:
+    """Add entries to a saved model's config.json, and RoPE's by their older names.
+
+    transformers 5 writes rope_parameters only; where mlx-lm does not know it (llama), it takes its default for rope_theta.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.get("rope_parameters") or {}
+    full, sliding = rope.get("full_attention", rope), rope.get("sliding_attention", {})
+    older = {"rope_theta": full.get("rope_theta"), "rope_local_base_freq": sliding.get("rope_theta")}
+    if full.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {name: value for name, value in full.items() if name != "rope_theta"}
+    older = {name: value for name, value in older.items() if value is not None}
+    file.write_text(json.dumps(older | config | entries, indent=1) + "\n")
 
 
 def _locate(model: str) -> tuple[str, dict]:
