@@ -76,7 +76,7 @@ def test_the_plan_is_what_vllm_logged(shape_of, config, name, logged):
 
 @pytest.mark.slow
 @pytest.mark.vllm
-@pytest.mark.parametrize("config, name, logged", LOGGED[4:], ids=NAMES[4:])
+@pytest.mark.parametrize("config, name, logged", LOGGED, ids=NAMES)
 def test_what_vllm_logs_is_still_that(shape_of, tmp_path, config, name, logged):
     """The same from the servers themselves: start, read the line, stop."""
     pytest.importorskip("vllm")
