@@ -281,6 +281,22 @@ def test_bytes_are_those_of_the_format(bits_k, bits_v):
     assert exact.nbytes - cache.nbytes == (128 + 4) * 2 * 8 * 128 * 2 + 256 * 8 * KVFormat(bits_k, bits_v, 128).slot_bytes
 
 
+@pytest.mark.parametrize("strategy", ["residual", "full", "incremental"])
+def test_bytes_are_those_that_mlx_holds(strategy):
+    def fill(*lengths):
+        cache = CompressedKVCache(CacheOptions(cache_strategy=strategy))
+        for length in lengths:
+            x = mx.random.normal((1, 8, length, 128)).astype(mx.float16)
+            cache.update_and_fetch(x, x)
+            mx.eval(cache.state)
+        return cache
+
+    fill(1)  # the tables of the codec stay
+    before = mx.get_active_memory()
+    cache = fill(600, *(1,) * 20)
+    assert mx.get_active_memory() - before == pytest.approx(cache.nbytes, rel=0.01)
+
+
 def attention_by_definition(q, keys, values, options, first, scale, dtype=np.float64):
     """Each query reads the newest `window` and the first `sinks` tokens as they are, the others through their codes.
 
