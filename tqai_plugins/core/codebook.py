@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import json_file
 from .kv_format import FORMAT_VERSION, SERVED_WIDTHS, check_head_dim, check_width
 
 TOP = 127.5  # the largest magnitude an int8 can stand for: see Codebook
@@ -63,8 +64,8 @@ class Codebook:
     def read(cls, path: str | Path) -> Codebook:
         """A codebook file as write() makes it; ValueError for anything else."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text()))
-        except (ValueError, TypeError, RecursionError) as error:
+            return cls.from_json(json_file.read(path))
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is no codebook file of tqai: {error}") from error
 
     @classmethod

@@ -10,6 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from . import json_file
 from .codebook import Codebook, shipped, use
 from .kv_format import FORMAT_VERSION, KVFormat
 from .rotation import Rotation
@@ -17,7 +18,7 @@ from .rotation import Rotation
 ENTRY = "tqai"
 MANIFEST = "tqai.json"
 FOLDER_VERSION = 1
-LARGEST_MANIFEST = 1 << 20
+LONGEST_NAME = 200
 
 
 def entry(fmt: KVFormat) -> dict:
@@ -57,6 +58,16 @@ def format_of(given: object, of: str = "config.json") -> str:
     return fmt.name
 
 
+def folder_format(folder: str | Path) -> str:
+    """The format name that a folder's config.json says, as format_of; ValueError if it says none."""
+    config = Path(folder) / "config.json"
+    try:
+        given = json_file.read(config)[ENTRY]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} is no folder of `tqai convert`: its config.json has no entry {ENTRY!r}") from error
+    return format_of(given, str(config))
+
+
 def write_manifest(folder: Path, made_from: str) -> None:
     """List the folder's files; the last step of a conversion."""
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
@@ -71,21 +82,20 @@ def verify(folder: str | Path) -> bool:
     if not manifest.is_file():
         return False
     try:
-        if manifest.stat().st_size > LARGEST_MANIFEST:
-            raise ValueError("too long")
-        data = json.loads(manifest.read_text())
+        data = json_file.read(manifest)
         version, files = data["version"], data["files"]
         listed = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{manifest} is damaged; convert the model again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{manifest} is damaged: {reason}; convert the model again") from error
     if version != FOLDER_VERSION:
         raise ValueError(f"{folder} is a converted folder of version {version!r}, this tqai reads {FOLDER_VERSION}; update tqai")
     if "config.json" not in listed:
         raise ValueError(f"{manifest} is damaged: it does not list config.json; convert the model again")
     for name, (size, _) in listed.items():  # sizes first: they cost nothing
         path = folder / name
-        if Path(name).name != name or path.is_symlink():
-            raise ValueError(f"{manifest} names {name!r}, which is not a plain file of this folder; convert the model again")
+        if not name or Path(name).name != name or "\0" in name or len(name) > LONGEST_NAME or path.is_symlink():
+            raise ValueError(f"{manifest} names {name[:LONGEST_NAME]!r}, which is not a plain file of this folder; convert the model again")
         if not path.is_file():
             raise ValueError(f"{folder} lacks {name}; copy the folder again, or convert the model again")
         if path.stat().st_size != size:

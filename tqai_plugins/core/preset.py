@@ -6,10 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .kv_format import KVFormat
+from . import json_file
+from .kv_format import KVFormat, check_head_dim
 
 VERSION = 1
-LARGEST_FILE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,11 @@ class Preset:
     formats: tuple[tuple[int, str], ...]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"its model is {self.name!r}, no name")
+        if type(self.num_layers) is not int or self.num_layers < 1:
+            raise ValueError(f"its num_layers is {self.num_layers!r}; allowed are whole numbers from 1")
+        check_head_dim(self.head_dim)
         layers = [layer for layer, _ in self.formats]
         if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < self.num_layers:
             raise ValueError(f"its layers are not rising numbers from 0 to {self.num_layers - 1}")
@@ -35,16 +40,16 @@ class Preset:
     def read(cls, path: str | Path) -> Preset:
         """ValueError says why a file is no preset."""
         try:
-            if Path(path).stat().st_size > LARGEST_FILE:
-                raise ValueError("it is too long")
-            given = json.loads(Path(path).read_text())
-            if not isinstance(given, dict) or "tqai_preset" not in given:
+            given = json_file.read(path)
+            if "tqai_preset" not in given:
                 raise ValueError("it has no entry 'tqai_preset'")
             if given["tqai_preset"] != VERSION:
                 raise ValueError(f"its version is {given['tqai_preset']!r}, this tqai reads {VERSION}")
+            if not isinstance(given["layers"], dict):
+                raise ValueError(f"its layers is a {type(given['layers']).__name__}; expected names of formats by layer")
             formats = tuple((int(layer), name) for layer, name in given["layers"].items())
             return cls(given["model"], given["num_layers"], given["head_dim"], formats)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is no preset of `tqai recommend`: {reason}") from error
 

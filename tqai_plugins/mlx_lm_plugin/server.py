@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -50,8 +49,7 @@ def folder_widths(model: str) -> dict:
     """bits_k and bits_v that a folder of `tqai convert` is for, all of whose files are checked; nothing for others."""
     if not converted_folder.verify(model):
         return {}
-    entry = json.loads((Path(model) / "config.json").read_text()).get(converted_folder.ENTRY)
-    bits_k, bits_v = parse_name(converted_folder.format_of(entry))
+    bits_k, bits_v = parse_name(converted_folder.folder_format(model))
     return {"bits_k": bits_k, "bits_v": bits_v}
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..core import bit_packing, qjl
 from ..core.codebook import SEARCH, TOP, Codebook
-from ..core.kv_format import SCALE_DENOMINATOR, packed_bytes
+from ..core.kv_format import SCALE_DENOMINATOR, check_head_dim, packed_bytes
 from ..core.reference import INVALID, SCALES, SMALLEST_RMS, rotation_matrix
 from ..core.rotation import Rotation, block_norm
 
@@ -130,7 +130,10 @@ def quantize(
         raise ValueError(f"scale is {scale!r}; allowed are {', '.join(SCALES)}")
     if on_invalid not in INVALID:
         raise ValueError(f"on_invalid is {on_invalid!r}; allowed are {', '.join(INVALID)}")
+    if not x.is_floating_point():
+        raise ValueError(f"vectors are {x.dtype}; expected a floating dtype")
     head_dim = x.shape[-1]
+    check_head_dim(head_dim)
     flat = x.reshape(-1, head_dim)
     packed = torch.empty(flat.shape[0], packed_bytes(head_dim, bits), dtype=torch.uint8, device=x.device)
     scales = torch.empty(flat.shape[0], dtype=torch.float16, device=x.device)

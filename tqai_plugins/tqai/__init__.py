@@ -90,7 +90,10 @@ def _use_codebooks(files, config, options) -> None:
     from tqai_plugins.core.codebook import Codebook, use_for
 
     pairs = [(options.bits_k, options.bits_v), *map(parse_name, (options.layer_formats or {}).values())]
-    books = map(Codebook.read, [files] if isinstance(files, (str, os.PathLike)) else files)
+    given = [files] if isinstance(files, (str, os.PathLike)) else files
+    if not isinstance(given, (list, tuple)) or not all(isinstance(file, (str, os.PathLike)) for file in given):
+        raise ValueError(f"codebook is {files!r}; expected a file of `tqai codebook build`, or a list of them")
+    books = map(Codebook.read, given)
     use_for(books, configurations.head_dim_of(config), {bits for pair in pairs for bits in pair})
 
 

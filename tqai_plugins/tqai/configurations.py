@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from pathlib import Path
 
@@ -23,17 +22,25 @@ def options_of(config: str | os.PathLike) -> dict:
     """The options of patch that a configuration stands for; ValueError for an unknown one."""
     if isinstance(config, str) and config in CONFIGS:
         return dict(CONFIGS[config])
-    if is_tqai(config) and not Path(config).exists():
+    if is_tqai(config) and not _exists(config):
         return _widths(config)
-    if not isinstance(config, (str, os.PathLike)) or not Path(config).exists():
+    if not isinstance(config, (str, os.PathLike)) or not config or not _exists(config):
         near = difflib.get_close_matches(str(config), CONFIGS, 1, 0.0)[0]
         raise ValueError(
             f"config is {str(config)!r}; expected one of {', '.join(CONFIGS)} (the nearest is {near!r}), a format such "
             "as 'tqai_k4v4', a preset file of `tqai recommend` or a folder of `tqai convert`"
         )
     if Path(config).is_dir():
-        return _widths(_folders_format(Path(config)))
+        converted_folder.verify(config)
+        return _widths(converted_folder.folder_format(config))
     return {"layer_formats": dict(Preset.read(config).formats)}
+
+
+def _exists(path: str | os.PathLike) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # a link to itself, a name that no file can have
+        return False
 
 
 def merged(config: str | os.PathLike | None, options: dict) -> dict:
@@ -57,12 +64,3 @@ def check_preset(config: str | os.PathLike | None, num_layers: int, head_dim: in
 def _widths(name: str) -> dict:
     bits_k, bits_v = parse_name(name)
     return {"bits_k": bits_k, "bits_v": bits_v}
-
-
-def _folders_format(folder: Path) -> str:
-    converted_folder.verify(folder)
-    try:
-        entry = json.loads((folder / "config.json").read_text())[converted_folder.ENTRY]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} is no folder of `tqai convert`: its config.json has no entry 'tqai'") from error
-    return converted_folder.format_of(entry, str(folder / "config.json"))

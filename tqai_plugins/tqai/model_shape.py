@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqai_plugins.core import json_file
 
 from . import models
 
@@ -103,14 +104,14 @@ def _config(model: str):
     path = Path(model).expanduser()
     if path.suffix == ".json" and path.is_file():
         try:
-            given = json.loads(path.read_text())
+            given = json_file.read(path)
             return AutoConfig.for_model(given.pop("model_type"), **given), None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{model} is no model configuration that transformers knows: {error}") from error
     where, options = models._locate(model)
     with models._quiet_library():
         try:
-            config = AutoConfig.from_pretrained(where, **options)
+            config = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
         except Exception as error:  # each library below raises its own kinds
             raise models._unreadable(model, where, options, error) from error
     return config, Path(where) if Path(where).is_dir() and not options else None

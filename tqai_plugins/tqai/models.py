@@ -20,6 +20,9 @@ from pathlib import Path
 
 from tqai_plugins.core import converted_folder
 
+# No code of a model's folder runs, nor is any pickle read. (A GGUF file is data anyway, and these would not suit it.)
+ONLY_DATA = {"trust_remote_code": False, "use_safetensors": True}
+
 
 @dataclass(frozen=True)
 class Packaged:
@@ -73,8 +76,8 @@ def load(model: str, dtype=None):
     with _quiet_library(), _status(f"Loading {model}"):
         converted_folder.verify(where)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
-            loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.bfloat16, **options)
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(where, dtype=dtype or torch.bfloat16, **(options or ONLY_DATA))
         except ImportError:
             raise
         except Exception as error:  # each library below raises its own kinds, some of them with pages of text

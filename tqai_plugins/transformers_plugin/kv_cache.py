@@ -57,7 +57,7 @@ class CacheOptions:
         if self.backend not in (None, "auto", "torch"):
             raise ValueError(f"backend is {self.backend!r}; a transformers model takes 'torch' or 'auto'")
         try:
-            torch.device(self.device or "cpu")
+            torch.device("cpu" if self.device is None else self.device)
         except (RuntimeError, TypeError) as error:
             message = f"device is {self.device!r}; expected the model's, e.g. 'cpu' or 'cuda:0', or None"
             raise ValueError(message) from error
@@ -128,19 +128,40 @@ class CompressedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Store the new tokens; returns all keys and values, as StoredStates where some are codes."""
+        """Store the new tokens; returns all keys and values, as StoredStates where some are codes.
+
+        Both are [batch, kv_heads, new tokens, head_dim], of the same batch and heads each time; else ValueError, and
+        nothing is stored.
+        """
+        self._check(key_states, value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         seen = (store.append(states) for store, states in zip(self.stores, (key_states, value_states)))
         return tuple(StoredStates(states) if isinstance(states, Snapshot) else states for states in seen)
+
+    def _check(self, *states: torch.Tensor) -> None:
+        for i, (name, new) in enumerate(zip(("keys", "values"), states)):
+            if new.ndim != 4 or not new.is_floating_point():
+                raise ValueError(
+                    f"{name} are {new.dtype} of shape {list(new.shape)}; expected a floating dtype and "
+                    "[batch, kv_heads, new tokens, head_dim]"
+                )
+            if self.stores and (held := self.stores[i].shape) != (new.shape[0], new.shape[1], new.shape[3]):
+                batch, heads, head_dim = held
+                raise ValueError(
+                    f"{name} of shape {list(new.shape)} do not go with what this cache holds, [{batch}, {heads}, *, {head_dim}]; "
+                    "take another cache for another batch or model"
+                )
+        if states[0].shape[:3] != states[1].shape[:3]:
+            raise ValueError(f"keys are of shape {list(states[0].shape)}, values of {list(states[1].shape)}; expected as many of both")
 
     def get_seq_length(self) -> int:
         return self.stores[0].length if self.stores else 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget -tokens_to_remove tokens, as DynamicLayer does. Tokens that are codes by then stay codes."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}) is not supported; give minus the number of tokens to remove")
+        if type(tokens_to_remove) is not int or tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove!r}) is not supported; give minus the number of tokens to remove")
         for store in self.stores:
             store.crop(-tokens_to_remove)
 
@@ -179,6 +200,8 @@ class Cache(TransformersCache):
     def __init__(self, config, **options):
         self.options = CacheOptions.of(**options)
         self.counts = Counts()
+        if not hasattr(config, "get_text_config") or not hasattr(config, "model_type"):
+            raise ValueError(f"config is a {type(config).__name__}; expected a transformers model's configuration, model.config")
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(f"{config.model_type} is an encoder-decoder model; tqai compresses decoder-only models")
         layers = DynamicCache(config=config).layers

@@ -129,6 +129,12 @@ class VectorStore:
         return [self.exact, self.codes, self.scales, *self.sketch] + ([self.dense] if self.dense is not None else [])
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, heads, head_dim) of what it holds."""
+        batch, heads, _, head_dim = self.exact.data.shape
+        return batch, heads, head_dim
+
+    @property
     def length(self) -> int:
         return self.exact.length + self.codes.length
 

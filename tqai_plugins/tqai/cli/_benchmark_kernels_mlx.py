@@ -21,8 +21,9 @@ def measure(shapes: str, formats: str, q_heads: int = 32, kv_heads: int = 8, hea
     """The table as data. Raises ValueError where MLX has no GPU."""
     from tqai_plugins.mlx_lm_plugin import speed
 
-    parsed = [tuple(map(int, shape.split("x"))) for shape in shapes.split(",")]
-    rows = list(speed.measure(formats.split(","), parsed, q_heads, kv_heads, head_dim))
+    from . import _parse
+
+    rows = list(speed.measure(formats.split(","), _parse.shapes(shapes), q_heads, kv_heads, head_dim))
     return machine() | {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "rows": rows}
 
 

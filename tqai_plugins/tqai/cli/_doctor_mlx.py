@@ -20,14 +20,14 @@ def run(args) -> int:
     except ModuleNotFoundError as error:
         raise ImportError(f"{error}; install mlx-lm with: pip install 'tqai[mlx]'") from error
     from . import _benchmark_kernels_mlx as benchmark
-    from . import emit
+    from . import _parse, emit
 
     check_version()
     data = benchmark.machine()
     if data["backend"] is None:
         raise ValueError("MLX has no GPU here, Metal or CUDA; on a CPU tqai needs no kernels, only plain MLX operations")
     data["checks"] = []
-    head_dims = tuple(map(int, args.head_dims.split(","))) if args.head_dims else check.HEAD_DIMS
+    head_dims = tuple(_parse.numbers(args.head_dims, "--head-dims")) if args.head_dims else check.HEAD_DIMS
     for row in check.run_grid(head_dims):
         data["checks"].append(row)
         print("." if row["ok"] else "F", end="", file=sys.stderr, flush=True)

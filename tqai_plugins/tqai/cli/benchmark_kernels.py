@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime
 
+from tqai_plugins.core.kv_format import KVFormat
+
 SHAPES = "32x8192,64x2048,1x65536,4x1000,128x1024,8x131072"
 FORMATS = "tqai_k4v2,tqai_k4v4,tqai_k3v3,tqai_k8v8"
 CALLS_A_GRAPH = 10
@@ -35,11 +37,13 @@ def run(args) -> int:
         return _benchmark_kernels_mlx.run(args)
     import torch
 
-    from . import emit
+    from . import _parse, emit
 
+    shapes = _parse.shapes(args.shapes or SHAPES)
+    for name in args.formats.split(","):
+        KVFormat.from_name(name, args.head_dim)
     if not torch.cuda.is_available():
         raise ValueError("benchmark kernels needs a CUDA device; none is here")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in (args.shapes or SHAPES).split(",")]
     copy = copy_bandwidth()
     rows = []
     for sequences, context in shapes:

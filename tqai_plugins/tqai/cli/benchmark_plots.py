@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
+
+from tqai_plugins.core import json_file
 
 # The first word of a file's name -> the command whose --json wrote it, and whose --plot draws it.
 COMMANDS = {
@@ -36,7 +37,11 @@ def run(args) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         png = out / file.with_suffix(".png").name
-        importlib.import_module(f"{__package__}.{COMMANDS[kind(file)]}").plot(json.loads(file.read_text()), str(png))
+        command = importlib.import_module(f"{__package__}.{COMMANDS[kind(file)]}")
+        try:
+            command.plot(json_file.read(file), str(png))
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{file} is no result of the command `tqai benchmark` that its name says ({error!r}); remove it") from error
         print(png)
     return 0
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from tqai_plugins.core.kv_format import is_tqai, parse_name
 
 DTYPES = "auto,fp8,turboquant_4bit_nc,tqai_k4v4,tqai"
 SHAPES = "8x512,1x32768,32x8192"
@@ -40,13 +43,19 @@ def add_parser(subparsers):
 
 
 def run(args) -> int:
-    from . import emit
+    from . import _parse, emit
 
+    shapes = _parse.shapes(args.shapes) if args.shapes else []
+    for dtype in args.dtypes.split(","):
+        if is_tqai(dtype):
+            parse_name(dtype)
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError("benchmark serving needs vLLM; install it with: pip install 'tqai[vllm]'")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or _random_llama(Path(scratch))
         for dtype in args.dtypes.split(","):
-            rows.append(_in_a_process(args, model, dtype, bool(args.model)))
+            rows.append(_in_a_process(args, shapes, model, dtype, bool(args.model)))
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     machine = next((row.pop("machine") for row in rows if "machine" in row), {})
     for row in rows:
@@ -63,14 +72,13 @@ def _random_llama(folder: Path) -> str:
     return str(folder)
 
 
-def _in_a_process(args, model: str, dtype: str, weights: bool) -> dict:
+def _in_a_process(args, shapes: list[tuple[int, int]], model: str, dtype: str, weights: bool) -> dict:
     """One engine a process: vLLM frees its memory with it. A dtype that fails leaves its reason."""
     call = "import json, sys; from tqai.cli import benchmark_serving as b; b.measure(json.loads(sys.argv[1]))"
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
         order = {
             "model": model, "dtype": dtype, "weights": weights, "full": args.full, "max_requests": args.max_requests,
-            "shapes": [list(map(int, shape.split("x"))) for shape in args.shapes.split(",") if shape],
-            "memory": args.gpu_memory_utilization, "result": result.name,
+            "shapes": shapes, "memory": args.gpu_memory_utilization, "result": result.name,
         }  # fmt: skip
         done = subprocess.run([sys.executable, "-c", call, json.dumps(order)], stdout=sys.stderr, check=False)
         text = result.read()

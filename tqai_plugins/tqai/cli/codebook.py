@@ -91,19 +91,19 @@ def compared(book) -> dict:
 
 
 def report(args) -> int:
-    from . import emit
+    from . import _parse, emit
     from ._codebook_fidelity import Reading, add_divergences
     from .benchmark_quality import machine
 
     rows, books = [], []
     data = {"seed": args.seed, "held_out_vectors": HELD_OUT_SAMPLES, "machine": machine("numpy"), "rows": rows}
-    head_dims = _numbers(args.head_dims, "--head-dims")
+    head_dims = _parse.numbers(args.head_dims, "--head-dims")
     reading = args.model and Reading(args.model, args.text, args.context, args.windows)
     if reading:
         reading.check(head_dims)
         data |= {"machine": machine("numpy", "torch", "transformers"), **reading.as_json()}
     for head_dim, bits, solver, objective in itertools.product(
-        head_dims, _numbers(args.bits, "--bits"), SOLVERS, OBJECTIVES
+        head_dims, _parse.numbers(args.bits, "--bits"), SOLVERS, OBJECTIVES
     ):
         book, seconds = solved(head_dim, bits, solver, objective, args.seed)
         head = {"head_dim": head_dim, "bits": bits, "solver": solver, "objective": objective}
@@ -115,13 +115,6 @@ def report(args) -> int:
     if args.plot:
         plot(data, args.plot)
     return 0
-
-
-def _numbers(text: str, option: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{option} is {text!r}; expected whole numbers with commas between") from error
 
 
 def show_report(rows: list[dict]) -> None:

@@ -20,6 +20,8 @@ def run(args) -> int:
         from . import _doctor_mlx
 
         return _doctor_mlx.run(args)
+    if args.head_dims or args.no_speed:
+        raise ValueError(f"{'--head-dims' if args.head_dims else '--no-speed'} is for the Metal kernels; give --mlx with it")
     from tqai import doctor
 
     from . import emit, info

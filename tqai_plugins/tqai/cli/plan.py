@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from tqai_plugins.core.kv_format import DEFAULT_BITS, DEFAULT_NAME, SERVED_NAMES, format_name, parse_name
@@ -55,6 +56,8 @@ def make(args) -> dict:
         raise ValueError(f"--twins is {args.twins}; allowed are 0 to 50 percent")
     if args.utilization is not None and not 0 < args.utilization <= 1:
         raise ValueError(f"--utilization is {args.utilization}; allowed are numbers above 0 and up to 1")
+    if args.bandwidth is not None and not 0 < args.bandwidth < math.inf:
+        raise ValueError(f"--bandwidth is {args.bandwidth}; allowed are GB/s above 0")
     machine = _machine(args, plan)
     shape = model_shape.read(args.model, args.weight_bits // 8)
     use = plan.Use(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+
+from tqai_plugins.core import json_file
 
 CHECKED = ("full", "residual")
 
@@ -54,6 +57,8 @@ def run(args) -> int:
     for name, value, lowest in limits:
         if value < lowest:
             raise ValueError(f"{name} is {value}; allowed are {lowest} and more")
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise ValueError(f"--budget is {args.budget}; expected a number of nats above 0")
     if args.out.exists():
         raise ValueError(f"--out {args.out} is there already; give another name or remove it")
     text = benchmark_quality.read_text(args.text)
@@ -116,8 +121,11 @@ def _measure(args, model, windows, wanted: list, settings: dict) -> dict:
     partial = _partial(args.out)
     state = {"settings": settings, "measured": {}}
     if partial.exists():
-        state = json.loads(partial.read_text())
-        if state["settings"] != settings:
+        try:
+            state = json_file.read(partial)
+        except ValueError as error:
+            raise ValueError(f"{partial} is no part of a sweep ({error}); remove it, or give another --out") from error
+        if state.get("settings") != settings:
             raise ValueError(f"{partial} is of a sweep with other settings; remove it, or give another --out")
     done = {trial: state["measured"][trial.key] for trial in wanted if trial.key in state["measured"]}
     left = [trial for trial in wanted if trial not in done]
