@@ -482,3 +482,43 @@ def test_the_entry_point_makes_caches(llama):
     caches = entry.load()(llama, bits_k=3, bits_v=3)
     assert [type(c) for c in caches] == [CompressedKVCache] * 2 and caches[0].options.bits_k == 3
     assert greedy(llama, prompt(9), 3, caches) == greedy(llama, prompt(9), 3)
+
+
+CHANGES = {
+    "a length beyond the columns": lambda s: s[:3] + (10**9,) + s[4:],
+    "a negative length": lambda s: s[:3] + (-1,) + s[4:],
+    "a length in words": lambda s: s[:3] + ("ten",) + s[4:],
+    "a ring beyond the tokens": lambda s: s[:4] + (999,) + s[5:],
+    "padding beyond the tokens": lambda s: s[:5] + ([99],) + s[6:],
+    "another batch": lambda s: s[:5] + ([0, 0], [0, 0]) + s[7:],
+    "codes of another width": lambda s: ([s[0][0][..., :-1]],) + s[1:],
+    "codes of another kind": lambda s: ([s[0][0].astype(mx.uint16)],) + s[1:],
+    "no codes": lambda s: (None,) + s[1:],
+    "other heads": lambda s: (s[0], s[1][:, :1]) + s[2:],
+    "another head_dim": lambda s: s[:2] + (s[2][..., :-2],) + s[3:],
+    "fewer first tokens": lambda s: s[:2] + (s[2][:, :, :1],) + s[3:],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_damaged_cache_state_is_refused_and_leaves_the_cache_as_it_was(llama, change):
+    tqai.patch(llama)
+    cache = make_prompt_cache(llama)
+    greedy(llama, prompt(10), 1, cache)
+    layer = cache[0]
+    state, other = layer.state, type(layer)()
+    before = other.state
+    with pytest.raises(ValueError, match="this prompt cache is damaged: its sizes do not go together: make the cache anew"):
+        other.state = CHANGES[change](tuple(state))
+    assert other.state == before
+    other.state = state
+    assert other.length == layer.length
+
+
+def test_a_cache_of_another_codebook_is_refused(llama):
+    tqai.patch(llama)
+    cache = make_prompt_cache(llama)
+    greedy(llama, prompt(10), 1, cache)
+    *rest, meta = cache[0].state
+    with pytest.raises(ValueError, match="was written with other codebooks than this process uses"):
+        cache[0].state = (*rest, (*meta[:-1], "00000000-00000000"))

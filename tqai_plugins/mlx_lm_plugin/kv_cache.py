@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
+from ..core.codebook import Codebook
 from ..core.kv_format import FORMAT_VERSION
 from ..metal_kernels import codec
 from ..metal_kernels.store import store
@@ -15,6 +17,7 @@ from . import masks
 from .options import CacheOptions
 from .tokens import Operand, Tokens
 
+ANEW = "make the cache anew"
 STEP = 256  # columns are allocated so many at a time, as in mlx-lm's own caches
 
 
@@ -26,7 +29,7 @@ class _Compressed(_BaseCache):
 
     def __init__(self, options: CacheOptions | None = None, padding: Sequence[int] = (0,)):
         self.options = options or CacheOptions()
-        self.length = 0
+        self.length = self.head_dim = 0
         self.columns: list[mx.array] | None = None  # slots and, if kept, dense numbers: [batch, heads, capacity, ...]
         self.recent: mx.array | None = None  # see Tokens
         self.ring = 0
@@ -175,21 +178,26 @@ class _Compressed(_BaseCache):
     def state(self) -> tuple:
         self._last = None
         o = self.options
-        meta = (FORMAT_VERSION, o.bits_k, o.bits_v, o.sinks, o.residual_window, o.cache_strategy, self.shared)
+        books = _codebooks(self.head_dim, o.bits_k, o.bits_v) if self.head_dim else ""
+        meta = (
+            FORMAT_VERSION, o.bits_k, o.bits_v, o.sinks, o.residual_window, o.cache_strategy, self.shared, self.head_dim, books,
+        )  # fmt: skip
         return self.columns, self.recent, self.sinks, self.length, self.ring, self.padding, self.recent_from, meta
 
     @state.setter
     def state(self, state) -> None:
-        self.columns, self.recent, self.sinks, self.length, self.ring, padding, recent_from, meta = state
-        version, bits_k, bits_v, sinks, window, strategy, shared = meta
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"this prompt cache has tqai's format {version}; this version reads {FORMAT_VERSION}: make the cache anew"
-            )
+        columns, recent, exact, length, ring, padding, recent_from, meta = state
+        version, bits_k, bits_v, sinks, window, strategy, shared, head_dim, books = (*meta, *[None] * (9 - len(meta)))[:9]
+        if version != FORMAT_VERSION or len(meta) != 9:
+            raise ValueError(f"this prompt cache has tqai's format {version}; this version reads {FORMAT_VERSION}: {ANEW}")
         self.options = CacheOptions(bits_k, bits_v, sinks, window, strategy)
+        if head_dim and books != _codebooks(head_dim, bits_k, bits_v):
+            raise ValueError(f"this prompt cache was written with other codebooks than this process uses: take those, or {ANEW}")
+        _check_state(self.options, head_dim, columns, recent, exact, length, ring, padding, recent_from)
+        self.columns, self.recent, self.sinks, self.length, self.ring = columns, recent, exact, length, ring
         self._set_rows(list(padding), list(recent_from))
         self._clear()
-        self.shared = bool(shared)
+        self.shared, self.head_dim = bool(shared), head_dim
 
     def _join(self, caches: Sequence[_Compressed]) -> None:
         """Become the rows of all these caches, aligned at their ends."""
@@ -204,6 +212,7 @@ class _Compressed(_BaseCache):
             raise ValueError("caches of different formats cannot be served in one batch; patch the model once")
         if filled:
             like = filled[0]
+            self.head_dim = like.head_dim
             self.columns = [
                 _stack([(c.columns and c.columns[i][:, :, : c.length], c) for c in caches], length, like.columns[i])
                 for i in range(len(like.columns))
@@ -226,6 +235,35 @@ def _stack(parts: list[tuple[mx.array | None, _Compressed]], width: int, like: m
             x = mx.zeros((len(cache.padding), like.shape[1], 0, like.shape[3]), like.dtype)
         aligned.append(mx.pad(x, [(0, 0), (0, 0), (width - x.shape[2], 0), (0, 0)]))
     return mx.concatenate(aligned, 0)
+
+
+def _codebooks(head_dim: int, bits_k: int, bits_v: int) -> str:
+    """Which codebooks this process reads and writes such codes with."""
+    return "-".join(_digest(Codebook.lloyd_max(head_dim, bits)) for bits in (bits_k, bits_v))
+
+
+@functools.lru_cache(None)
+def _digest(book: Codebook) -> str:
+    return book.digest
+
+
+def _check_state(options, head_dim, columns, recent, sinks, length, ring, padding, recent_from) -> None:
+    """ValueError for what no cache holds, such as a file that was edited or damaged: it would be read as something else."""
+    numbers = (length, ring, *padding, *recent_from)
+    good = all(type(n) is int and n >= 0 for n in numbers) and len(recent_from) == len(padding)
+    if good and not columns:
+        good = length == ring == 0 and recent is None and sinks is None
+    elif good:
+        fmt, rows = options.format(head_dim), len(padding)
+        heads = columns[0].shape[1]
+        dense = [x for x in (*columns[1:], recent, sinks) if x is not None]  # keys, and then values
+        good = columns[0].shape[:2] == (rows, heads) and columns[0].shape[3:] == (codec.slot_words(fmt),)
+        good = good and all(x.shape[:2] == (rows, 2 * heads) and x.shape[3:] == (head_dim,) for x in dense)
+        good = good and len(columns) == 1 + options.keep_dense and all(x.shape[2] >= length for x in columns)
+        good = good and columns[0].dtype == mx.uint32 and max(*numbers, 0) <= length
+        good = good and (sinks is None or sinks.shape[2] == options.sinks)
+    if not good:
+        raise ValueError(f"this prompt cache is damaged: its sizes do not go together: {ANEW}")
 
 
 class CompressedKVCache(_Compressed):
@@ -308,7 +346,7 @@ class BatchCompressedKVCache(_Compressed):
     def extract(self, idx: int) -> CompressedKVCache:
         """Row idx as a cache of its own."""
         cache, start = CompressedKVCache(self.options), self.padding[idx]
-        cache.shared = self.shared
+        cache.shared, cache.head_dim = self.shared, self.head_dim
         if self.columns is None or start >= self.length:
             return cache
         row = slice(idx, idx + 1)
