@@ -13,10 +13,11 @@ from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
 from tqai_plugins.triton_kernels.recent import RecentPages
 from tqai_plugins.triton_kernels.workspace import Workspace
 
-from tqai_plugins.core import reference
+from tqai_plugins.core import key_mean, reference
 from tqai_plugins.core.codebook import Codebook
 from tqai_plugins.core.kv_format import KVFormat
 from tqai_plugins.core.rotation import Rotation
+from tqai_plugins.torch_kernels.key_mean import KeyMean
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # The interpreter does not multiply bfloat16; float16 rounds the output to 5e-4.
@@ -53,12 +54,24 @@ class Step:
         self.workspace.partial.fill_(torch.nan)
         self.workspace.lse.fill_(torch.nan)
         self.softmax_scale = d**-0.5
-        self.recent = None
+        self.recent = self.mean = None
+        self.positions = torch.cat([torch.arange(n) for n in lengths]).to(DEVICE)
+
+    def add_key_mean(self):
+        """Give the keys of each head the mean of a model that turns pairs of coordinates as RoPE does."""
+        d = self.fmt.head_dim
+        angles = np.arange(4096)[:, None] * 1e4 ** (-np.arange(d // 2) / (d // 2))
+        cos, sin = np.cos(angles), np.sin(angles)
+        means = 2 * np.random.default_rng(0).standard_normal((self.kv_heads, d))
+        pairs = key_mean.choose_pairs(key_mean.energy(means))
+        table = torch.from_numpy(key_mean.make_table(cos, sin, pairs)).to(DEVICE)
+        self.mean = KeyMean.make(means, pairs, table, 1.0)
+        self.k += self.mean.term(self.positions).to(self.k.dtype)
 
     def store(self, tiling=TILING):
         prepare(
             self.q, self.k, self.v, self.pages, self.slots, self.workspace, self.fmt, self.page, self.softmax_scale,
-            recent=self.recent, tiling=tiling,
+            recent=self.recent, positions=self.positions, mean=self.mean, tiling=tiling,
         )
 
     def keep_recent(self, table):
@@ -81,7 +94,7 @@ class Step:
         lengths = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
         decode_attention(
             self.workspace, self.pages, self.table, lengths, out, self.fmt, self.page, query_len=self.query_len,
-            recent=self.recent, **options,
+            recent=self.recent, mean=self.mean, **options,
         )
         return out.float().cpu().numpy()
 
@@ -110,6 +123,9 @@ class Step:
             book_k, book_v = (Codebook.lloyd_max(fmt.head_dim, bits) for bits in (fmt.bits_k, fmt.bits_v))
             k = reference.dequantize_rotated(k, ks, fmt.bits_k, book_k).astype(float)
             v = reference.dequantize_rotated(v, vs, fmt.bits_v, book_v).astype(float)
+            if self.mean is not None:
+                mean = self.mean.term(torch.arange(length, device=DEVICE)).cpu().numpy()
+                k += reference.rotate(mean, rotation)
             for page, copy in enumerate([] if self.recent is None else self.recent.table[i].tolist()):
                 start = 64 * (-(-length // 64) - 2 + page)
                 newer_too = copy >= 0 and self.recent.table[i, 1] >= 0
@@ -188,6 +204,37 @@ def test_recent_pages_of_other_shapes(head_dim, page, group, query_len):
     step.keep_recent([[0, 1], [3, 2]])
     step.store()
     assert_close(step.attend(num_splits=3, sliding_window=90), step.expected(window=90))
+
+
+@pytest.mark.parametrize(
+    "bits, head_dim, group, query_len", [((4, 2), 64, 2, 1), ((3, 3), 64, 4, 3), ((4, 4), 80, 1, 1), ((2, 4), 128, 3, 1)]
+)
+def test_a_key_mean_is_taken_off_and_added_to_the_scores(bits, head_dim, group, query_len):
+    step = Step(KVFormat(*bits, head_dim), 2, group, [200, 70], 64, query_len)
+    step.add_key_mean()
+    step.keep_recent([[0, 4], [-1, -1]])
+    step.store()
+    k, ks, _, _ = step.stored(0)
+    centred = (step.k[:200].float() - step.mean.term(step.positions[:200])).to(step.k.dtype)
+    expected, _ = reference.quantize(centred.float().cpu().numpy(), bits[0])
+    assert (k == expected).all(-1).mean() > 0.97
+    assert_close(step.attend(num_splits=2), step.expected())
+    assert_close(step.attend(num_splits=2, sliding_window=90, soft_cap=3.0), step.expected(window=90, soft_cap=3.0))
+
+
+def test_dequantize_adds_the_key_mean_again():
+    step = Step(KVFormat(4, 2, 64), 2, 1, [70], 64)
+    step.add_key_mean()
+    step.store()
+    starts, ends, out_starts = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (3, 70, 0))
+    k_out, v_out = torch.full((2, 67, 2, 64), torch.nan, device=DEVICE)
+    arguments = (step.pages, step.table, starts, ends, out_starts, k_out, v_out, step.fmt, 64, 67)
+    dequantize(*arguments, rotated=False, mean=step.mean)
+    k, ks, _, _ = step.stored(0)
+    dense = reference.dequantize(k, ks, 4, 64) + step.mean.term(torch.arange(70, device=DEVICE)).cpu().numpy()
+    np.testing.assert_allclose(k_out.cpu().numpy(), dense[3:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="ask for rotated=False"):
+        dequantize(*arguments, mean=step.mean)
 
 
 @pytest.mark.parametrize("bits", [(4, 2), (3, 8)])

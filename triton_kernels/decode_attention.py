@@ -14,9 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
+from tqai_plugins.core.key_mean import COLUMNS
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .key_mean import mean_arguments
 from .merge import merge
 from .recent import RecentPages
 from .unpack import (
@@ -139,12 +141,13 @@ def _load_tile(
 
 @triton.jit
 def _softmax_weights(
-    s, k_scale, v_scale, token, length, last_seen, window, soft_cap, scale, bias,
+    s, more, k_scale, v_scale, token, length, last_seen, window, soft_cap, scale, bias,
     ref, v_unit, total, half, a0, a1, a2, a3,
     H: tl.constexpr, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, F_V: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, MEAN: tl.constexpr,
 ):
     """One tile of the online softmax: int8 weights [TILE, 2 H], and the sums under its reference and unit.
+    more [TILE, H]: what the key mean adds to the scores.
 
     Weights are whole numbers in units of v_unit * exp2(ref): sums stay integers while ref and
     v_unit stand. Both have headroom, so that a split changes them only a few times.
@@ -153,6 +156,8 @@ def _softmax_weights(
     v_scale = v_scale.to(tl.float32)
     s_hi, s_lo = tl.split(tl.reshape(s, [TILE, H, 2]))
     score = ((s_hi * 254 + s_lo).to(tl.float32) * scale[None, :] + bias[None, :]) * k_scale[:, None]
+    if MEAN:
+        score += more
     if SOFT_CAP:  # scores are in units of log 2
         e = tl.exp2(score * (2.0 / soft_cap))
         score = soft_cap * 1.4426950408889634 * (1.0 - 2.0 / (e + 1.0))
@@ -203,7 +208,7 @@ def _load_codes(base, rows, row_stride, columns, column_stride, mask):
     do_not_specialize_on_alignment=["block_table", "seq_lens"],
 )
 def _decode_kernel(
-    planes, q_scale, q_bias, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse,
+    planes, q_scale, q_bias, mean_planes, mean_scale, mean_table, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse,
     k_levels, v_levels, lifts,
     table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
@@ -213,6 +218,7 @@ def _decode_kernel(
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, RECENT: tl.constexpr,
     RECENT_V_CODES: tl.constexpr, RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
+    MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
     TILES_OF_ROWS: tl.constexpr = (GROUP * QUERY_LEN + H - 1) // H
@@ -261,6 +267,12 @@ def _decode_kernel(
     if F_K == 4:
         q2 = _query_plane(planes, column_row, plane, key_coordinate(2, jk, BITS_K), real_column, D)
         q3 = _query_plane(planes, column_row, plane, key_coordinate(3, jk, BITS_K), real_column, D)
+    if MEAN:
+        column = tl.arange(0, COLUMNS)
+        q_mean = tl.load(
+            mean_planes + (column_row * 2 + plane)[None, :] * COLUMNS + column[:, None], mask=real_column[None, :], other=0
+        )
+        scale_mean = tl.load(mean_scale + query_row, mask=real, other=0.0)
     ref = tl.full([H], -1e30, tl.float32)
     v_unit = tl.full([], 1e-30, tl.float32)
     total = tl.zeros([TILE, H], tl.float32)
@@ -298,9 +310,15 @@ def _decode_kernel(
             s = tl.dot(k1, q1, s, out_dtype=tl.int32)
             s = tl.dot(k2, q2, s, out_dtype=tl.int32)
             s = tl.dot(k3, q3, s, out_dtype=tl.int32)
+        if MEAN:
+            turns = tl.load(mean_table + (tile * TILE + n)[:, None] * COLUMNS + column[None, :])
+            hi, lo = tl.split(tl.reshape(tl.dot(turns, q_mean, out_dtype=tl.int32), [TILE, H, 2]))
+            more = (hi * 254 + lo).to(tl.float32) * scale_mean[None, :]
+        else:
+            more = bias  # not read
         weights, ref, v_unit, total, half, a0, a1, a2, a3 = _softmax_weights(
-            s, k_scale, v_scale, tile * TILE + n, length, last_seen, window, soft_cap, scale, bias,
-            ref, v_unit, total, half, a0, a1, a2, a3, H, QUERY_LEN, WINDOW, SOFT_CAP, F_V, TILE,
+            s, more, k_scale, v_scale, tile * TILE + n, length, last_seen, window, soft_cap, scale, bias,
+            ref, v_unit, total, half, a0, a1, a2, a3, H, QUERY_LEN, WINDOW, SOFT_CAP, F_V, TILE, MEAN,
         )
         if F_V == 1:
             a0 = tl.dot(z.to(tl.int8, bitcast=True), weights, a0, out_dtype=tl.int32)
@@ -332,8 +350,8 @@ def _decode_kernel(
             k_scale = tl.load((page + RECENT_K_SCALES + 2 * n).to(tl.pointer_type(tl.float16)))
             v_scale = tl.load((page + RECENT_V_SCALES + 2 * n).to(tl.pointer_type(tl.float16)))
             weights, ref, v_unit, total, half, a0, a1, a2, a3 = _softmax_weights(
-                s, k_scale, v_scale, tile * TILE + n, length, last_seen, window, soft_cap, scale, bias,
-                ref, v_unit, total, half, a0, a1, a2, a3, H, QUERY_LEN, WINDOW, SOFT_CAP, F_V, TILE,
+                s, bias, k_scale, v_scale, tile * TILE + n, length, last_seen, window, soft_cap, scale, bias,
+                ref, v_unit, total, half, a0, a1, a2, a3, H, QUERY_LEN, WINDOW, SOFT_CAP, F_V, TILE, False,
             )
             values = page + RECENT_V_CODES
             row = (jv * F_V)[:, None]
@@ -416,6 +434,7 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
     recent: RecentPages | None = None,
+    mean=None,
     ptx: bool | None = None,
     tuned: Tuning | None = None,
 ) -> None:
@@ -426,7 +445,8 @@ def decode_attention(
     stored tokens, the new ones included; output [sequences * query_len, q_heads, head_dim] in the
     model's dtype. sinks float32 [q_heads]: logits without a value. lse float32 [sequences * query_len,
     q_heads], filled with the natural log-sum-exp if given. recent: 8-bit copies of the last tokens, read in
-    place of their codes. A sequence of length 0 gets zeros. ValueError if the workspace is too small.
+    place of their codes. mean: the torch_kernels.KeyMean that prepare took off the keys, with a table of whole
+    tiles of positions. A sequence of length 0 gets zeros. ValueError if the workspace is too small.
     """
     num_sequences = seq_lens.shape[0]
     num_q_heads, head_dim = output.shape[-2:]
@@ -451,7 +471,8 @@ def decode_attention(
     k_planes = PLANES[fmt.bits_k] if ptx else 1
     v_planes = PLANES[fmt.bits_v] if ptx else 1
     _decode_kernel[(num_sequences, num_kv_heads * triton.cdiv(rows, columns), splits)](
-        workspace.planes, workspace.q_scale, workspace.q_bias, pages, block_table, seq_lens,
+        workspace.planes, workspace.q_scale, workspace.q_bias, workspace.mean_planes, workspace.mean_scale,
+        mean_arguments(mean, pages)[0], pages, block_table, seq_lens,
         copy.pages, copy.table, workspace.partial, workspace.lse,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
         device_tables.lifts(device),
@@ -463,7 +484,7 @@ def decode_attention(
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
         sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes,
-        copy_layout.k_scales, copy_layout.v_scales,
+        copy_layout.k_scales, copy_layout.v_scales, mean is not None, COLUMNS,
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
     merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

@@ -6,9 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from tqai_plugins.core.key_mean import COLUMNS
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .key_mean import mean_arguments, mean_term
 from .unpack import load_levels
 
 TILE = 64  # tokens a program
@@ -19,10 +21,12 @@ TILE = 64  # tokens a program
 )
 def _dequantize_kernel(
     pages, block_table, starts, ends, out_starts, k_out, v_out, k_levels, v_levels, hadamard, norms,
+    mean_table, mean_place, mean_coefficients,
     table_stride, page_stride, head_stride, k_stride, v_stride,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr,
     V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    SCALE_DENOMINATOR: tl.constexpr, ROTATED: tl.constexpr,
+    SCALE_DENOMINATOR: tl.constexpr, ROTATED: tl.constexpr, MEAN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     sequence = tl.program_id(0)
     head = tl.program_id(1)
@@ -54,6 +58,9 @@ def _dequantize_kernel(
         if not ROTATED:  # half-integers below 128 and +-1 are exact in bfloat16
             value = tl.dot(value.to(matrix.dtype), matrix, input_precision="ieee") * norm[None, :]
         value = value * (scale.to(tl.float32) / SCALE_DENOMINATOR)[:, None]
+        if MEAN and part == 0:
+            heads = tl.zeros([TILE], tl.int32) + head
+            value += mean_term(mean_table, mean_place, mean_coefficients, token, heads, inside, D, DP, COLUMNS)
         tl.store((out + head * D)[:, None] + d[None, :], value.to(k_out.dtype.element_ty), mask=inside)
 
 
@@ -70,14 +77,18 @@ def dequantize(
     max_tokens: int,
     *,
     rotated: bool = True,
+    mean=None,
 ) -> None:
     """Tokens [starts, ends) of each sequence as dense vectors, rotated as they are stored or as they were, one launch.
 
     pages uint8 [num_pages, kv_heads, page_bytes]; block_table int32 [sequences, pages], tokens of page -1 are
     left out; starts, ends
     and out_starts int32 [sequences]: tokens of sequence i go to rows out_starts[i] and on of k_out and
-    v_out [rows, kv_heads, head_dim], float. max_tokens is at least the longest range.
+    v_out [rows, kv_heads, head_dim], float. max_tokens is at least the longest range. mean: the torch_kernels.KeyMean
+    that was taken off the keys; not for rotated ones (ValueError).
     """
+    if rotated and mean is not None:
+        raise ValueError("a key mean is added to vectors as they were; ask for rotated=False")
     num_sequences = starts.shape[0]
     if num_sequences == 0 or max_tokens == 0:
         return
@@ -92,8 +103,10 @@ def dequantize(
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
         device_tables.signed_hadamard(head_dim, padded, matrix_dtype, device, back=True),
         device_tables.norms(head_dim, padded, device),
+        *mean_arguments(mean, pages)[:3],
         block_table.stride(0), pages.stride(0), pages.stride(1), k_out.stride(0), v_out.stride(0),
         head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes,
         layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE, SCALE_DENOMINATOR, rotated,
+        mean is not None, COLUMNS,
         num_warps=4,
     )

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from tqai_plugins.core.codebook import SEARCH, TOP
+from tqai_plugins.core.key_mean import COLUMNS
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
+from .key_mean import mean_arguments, mean_term
 from .recent import RecentPages
 from .unpack import sign_plane
 from .workspace import Workspace
@@ -45,12 +47,24 @@ def _nearest(x):
 
 
 @triton.jit
-def _rotated(x_ptr, row_offsets, valid, matrix, norm, D: tl.constexpr, DP: tl.constexpr):
-    """float32 [ROWS, DP] rotated vectors. +1 and -1 are exact in any float, sums are float32."""
+def _load_vectors(x_ptr, row_offsets, valid, D: tl.constexpr, DP: tl.constexpr):
     d = tl.arange(0, DP)
     inside = valid[:, None] & (d < D)[None, :]
-    x = tl.load(x_ptr + row_offsets[:, None] + d[None, :], mask=inside, other=0.0)
+    return tl.load(x_ptr + row_offsets[:, None] + d[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _rotated(x, matrix, norm):
+    """float32 [ROWS, DP] rotated vectors. +1 and -1 are exact in any float, sums are float32."""
     return tl.dot(x, matrix, input_precision="ieee") * norm[None, :]
+
+
+@triton.jit
+def _in_planes(z, top):
+    """Two int8 planes, z = top / 127 * (hi + lo / 254): about 15 bits."""
+    y = z * (127.0 / top)[:, None]
+    hi = _nearest(y)
+    return hi.to(tl.int8), _nearest((y - hi) * 254.0).to(tl.int8)
 
 
 @triton.jit
@@ -183,6 +197,7 @@ def _store_vectors(
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
     planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,
+    position_ptr, mean_table, mean_place, mean_coefficients, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
     num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride,
     recent_page_stride, recent_head_stride, softmax_scale,
     NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -191,7 +206,7 @@ def _prepare_kernel(
     RECENT: tl.constexpr, RECENT_PAGE: tl.constexpr, RECENT_V_CODES: tl.constexpr,
     RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
     NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
-    ROWS: tl.constexpr, COPIES: tl.constexpr,
+    ROWS: tl.constexpr, COPIES: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
@@ -206,19 +221,32 @@ def _prepare_kernel(
         query_row = (program * ROWS + r).to(tl.int64)
         valid = query_row < num_query_rows
         offsets = (query_row // NUM_Q_HEADS) * q_stride + (query_row % NUM_Q_HEADS) * D
-        y = _rotated(q_ptr, offsets, valid, matrix, norm, D, DP)
-        # Two int8 planes, q = scale * (hi + lo / 254): about 15 bits.
+        y = _rotated(_load_vectors(q_ptr, offsets, valid, D, DP), matrix, norm)
         top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
-        z = y * (127.0 / top)[:, None]
-        hi = _nearest(z)
-        lo = _nearest((z - hi) * 254.0)
+        hi, lo = _in_planes(y, top)
         out = planes_ptr + (query_row * (2 * D))[:, None] + d[None, :]
         inside = valid[:, None] & (d < D)[None, :]
-        tl.store(out, hi.to(tl.int8), mask=inside)
-        tl.store(out + D, lo.to(tl.int8), mask=inside)
+        tl.store(out, hi, mask=inside)
+        tl.store(out + D, lo, mask=inside)
         tl.store(q_scale_ptr + query_row, top * (softmax_scale / (127.0 * 254.0)), mask=valid)
         # Codes hold m for m + 1/2: the missing halves of a score.
         tl.store(q_bias_ptr + query_row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
+        if MEAN:  # what the query gives each column of the table
+            c = tl.arange(0, COLUMNS)
+            of_head = (query_row % NUM_Q_HEADS) // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS)
+            of_head = mean_coefficients + of_head[:, None] + c[None, :]
+            w = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for side in tl.static_range(2):
+                at = tl.load(mean_coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))
+                x = tl.load(q_ptr + offsets[:, None] + at[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+                w += x * tl.load(of_head + side * COLUMNS)
+            top = tl.maximum(tl.max(tl.abs(w), 1), 1e-20)
+            hi, lo = _in_planes(w, top)
+            out = mean_planes_ptr + (query_row * (2 * COLUMNS))[:, None] + c[None, :]
+            tl.store(out, hi, mask=valid[:, None])
+            tl.store(out + COLUMNS, lo, mask=valid[:, None])
+            scale = top * (softmax_scale * SCALE_DENOMINATOR / (127.0 * 254.0))
+            tl.store(mean_scale_ptr + query_row, scale, mask=valid)
     else:
         is_key = program < query_programs + kv_programs
         row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // COPIES
@@ -238,15 +266,23 @@ def _prepare_kernel(
             recent_page = recent_ptr + (recent_slot // RECENT_PAGE) * recent_page_stride + head * recent_head_stride
             in_recent = recent_slot % RECENT_PAGE
         if is_key:
-            y = _rotated(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, matrix, norm, D, DP)
-            _store_vectors(y, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
+            x = _load_vectors(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, D, DP)
+            y = _rotated(x, matrix, norm)
+            coded = y
+            if MEAN:
+                position = tl.load(position_ptr + token, mask=valid, other=0)
+                inside = valid[:, None] & (d < D)[None, :]
+                mean = mean_term(mean_table, mean_place, mean_coefficients, position, head, inside, D, DP, COLUMNS)
+                coded = _rotated((x.to(tl.float32) - mean).to(x.dtype), matrix, norm)
+            _store_vectors(coded, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
                            D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
             if RECENT:
                 if tl.max(twin.to(tl.int32), 0) > 0:
                     _store_vectors(y, copy, k_table, recent_page, in_recent, 0, 1, D, RECENT_K_SCALES, twin & valid, D,
                                    D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
         else:
-            y = _rotated(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, matrix, norm, D, DP)
+            x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, D, DP)
+            y = _rotated(x, matrix, norm)
             _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
                            D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
             if RECENT:
@@ -271,6 +307,8 @@ def prepare(
     softmax_scale: float,
     *,
     recent: RecentPages | None = None,
+    positions: torch.Tensor | None = None,
+    mean=None,
     tiling: Tiling | None = None,
 ) -> None:
     """Store a step's keys and values; turn its queries for decode_attention. One launch.
@@ -278,8 +316,9 @@ def prepare(
     query [tokens, q_heads, head_dim] or None (store only), key and value [new_tokens, kv_heads,
     head_dim], of any one float dtype, heads contiguous; slot_mapping int [>= new_tokens], page *
     page_tokens + offset, -1 to skip. pages uint8 [num_pages, kv_heads, page_bytes], laid out by
-    fmt.page_layout(page_tokens). recent: where tokens are kept at 8 bits too. A vector with NaN or
-    infinity gets the scale NaN.
+    fmt.page_layout(page_tokens). recent: where tokens are kept at 8 bits too. mean: a torch_kernels.KeyMean that is
+    taken off the keys of the codes, at positions int [>= new_tokens]. A vector with NaN or infinity gets the
+    scale NaN.
     """
     num_tokens, num_kv_heads, head_dim = key.shape
     assert head_dim == fmt.head_dim and key.stride(1) == head_dim and value.stride(1) == head_dim
@@ -301,12 +340,14 @@ def prepare(
         device_tables.signed_hadamard(head_dim, padded, key.dtype, device),
         device_tables.norms(head_dim, padded, device),
         device_tables.encoder(head_dim, fmt.bits_k, device), device_tables.encoder(head_dim, fmt.bits_v, device),
+        slot_mapping if positions is None else positions, *mean_arguments(mean, pages),
+        workspace.mean_planes, workspace.mean_scale,
         queries, vectors, q.stride(0), key.stride(0), value.stride(0),
         pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1),
         softmax_scale * LOG2_E / SCALE_DENOMINATOR,
         workspace.planes.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
         page_tokens, layout.v_codes, layout.k_scales, layout.v_scales,
         recent is not None, copy_layout.page_tokens, copy_layout.v_codes, copy_layout.k_scales, copy_layout.v_scales,
-        len(SEARCH), TOP, SCALE_DENOMINATOR, tiling.rows, tiling.copies,
+        len(SEARCH), TOP, SCALE_DENOMINATOR, tiling.rows, tiling.copies, mean is not None, COLUMNS,
         num_warps=tiling.warps,
     )

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 
 import torch
 
+from tqai_plugins.core.key_mean import COLUMNS
+
 
 @dataclass(frozen=True)
 class Workspace:
-    """planes int8 [tokens, q_heads, 2, head_dim], q_scale and q_bias float32 [tokens, q_heads]
-    from prepare; partial float32 and lse float32, flat, from decode_attention's splits."""
+    """planes int8 [tokens, q_heads, 2, head_dim], q_scale and q_bias float32 [tokens, q_heads] from prepare;
+    mean_planes int8 [tokens, q_heads, 2, COLUMNS] and mean_scale float32 [tokens, q_heads] too, what a query gives
+    each column of the key mean's table; partial float32 and lse float32, flat, from decode_attention's splits."""
 
     planes: torch.Tensor
     q_scale: torch.Tensor
     q_bias: torch.Tensor
+    mean_planes: torch.Tensor
+    mean_scale: torch.Tensor
     partial: torch.Tensor
     lse: torch.Tensor
 
@@ -25,6 +30,8 @@ class Workspace:
         return cls(
             torch.zeros(num_tokens, num_q_heads, 2, head_dim, dtype=torch.int8, device=device),
             torch.zeros(num_tokens, num_q_heads, device=device),
+            torch.zeros(num_tokens, num_q_heads, device=device),
+            torch.zeros(num_tokens, num_q_heads, 2, COLUMNS, dtype=torch.int8, device=device),
             torch.zeros(num_tokens, num_q_heads, device=device),
             torch.zeros(max_rows * head_dim, device=device),
             torch.zeros(max_rows, device=device),

@@ -7,6 +7,7 @@ import torch
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, recent_format
 
 from . import codec
+from .key_mean import KeyMean
 
 
 def _columns(pages: torch.Tensor, fmt: KVFormat, page_tokens: int):
@@ -20,13 +21,23 @@ def _columns(pages: torch.Tensor, fmt: KVFormat, page_tokens: int):
 
 
 def store(
-    key: torch.Tensor, value: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor, fmt: KVFormat, page_tokens: int
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    fmt: KVFormat,
+    page_tokens: int,
+    *,
+    positions: torch.Tensor | None = None,
+    mean: KeyMean | None = None,
 ) -> None:
     """Quantize key and value [tokens, kv_heads, head_dim] into pages uint8 [num_pages, kv_heads, page_bytes].
 
     slots int [tokens] are page * page_tokens + offset, -1 to skip. A vector with NaN or infinity gets
-    the scale NaN, so that what attends to it reads as NaN.
+    the scale NaN, so that what attends to it reads as NaN. mean is taken off the keys, at positions int [tokens].
     """
+    if mean is not None:
+        key = (key - mean.term(positions)).to(key.dtype)
     kept = slots >= 0
     page, offset = slots[kept] // page_tokens, slots[kept] % page_tokens
     heads = torch.arange(pages.shape[1], device=pages.device)
@@ -91,6 +102,7 @@ def attention(
     sinks: torch.Tensor | None = None,
     own: tuple[torch.Tensor, torch.Tensor] | None = None,
     recent: tuple[torch.Tensor, list[int]] | None = None,
+    mean: KeyMean | None = None,
 ) -> torch.Tensor:
     """Causal attention of one sequence's newest tokens over its codes.
 
@@ -98,23 +110,44 @@ def attention(
     logits without a value. own: exact keys and values [queries, kv_heads, head_dim] of the queries'
     tokens, read in place of their codes. recent: pages of 8-bit copies uint8 [copies, kv_heads, page_bytes]
     and which of them are the last pages (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for none.
-    Returns float32 of query's shape.
+    mean: what was taken off the keys of the codes; the copies have it. Returns float32 of query's shape.
     """
-    queries, q_heads, head_dim = query.shape
+    queries, _, head_dim = query.shape
     start = 0 if sliding_window is None else max(0, length - queries - sliding_window + 1)
     end = length if own is None else length - queries
     k, v = dequantize(pages, block_table, start, end, fmt, page_tokens)
+    if mean is not None:
+        k += codec.rotate(mean.term(torch.arange(start, end, device=k.device)))
     if recent is not None:
         _overlay_copies(k, v, start, end, *recent, head_dim)
     if own is not None:
         k, v = (torch.cat([cached, codec.rotate(x.float())]) for cached, x in zip((k, v), own, strict=True))
-    kv_heads = k.shape[1]
-    q = codec.rotate(query.float()).view(queries, kv_heads, q_heads // kv_heads, head_dim)
+    query = codec.rotate(query.float())
+    return codec.rotate_back(
+        dense_attention(query, k, v, softmax_scale, sliding_window=sliding_window, soft_cap=soft_cap, sinks=sinks)
+    )
+
+
+def dense_attention(
+    query: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of the last tokens of one sequence: float32 query [queries, q_heads, head_dim], k and v
+    [tokens, kv_heads, head_dim]."""
+    queries, q_heads, head_dim = query.shape
+    tokens, kv_heads, _ = k.shape
+    q = query.view(queries, kv_heads, q_heads // kv_heads, head_dim)
     score = torch.einsum("qhgd,thd->hgqt", q, k) * softmax_scale
     if soft_cap:
         score = soft_cap * torch.tanh(score / soft_cap)
-    token = torch.arange(start, length, device=query.device)
-    last = torch.arange(length - queries, length, device=query.device)[:, None]
+    token = torch.arange(tokens, device=query.device)
+    last = torch.arange(tokens - queries, tokens, device=query.device)[:, None]
     hidden = token > last
     if sliding_window is not None:
         hidden |= token <= last - sliding_window
@@ -124,5 +157,4 @@ def attention(
         weights = torch.cat([score, extra], -1).softmax(-1)[..., :-1]
     else:
         weights = score.softmax(-1)
-    out = torch.einsum("hgqt,thd->qhgd", weights, v).reshape(queries, q_heads, head_dim)
-    return codec.rotate_back(out)
+    return torch.einsum("hgqt,thd->qhgd", weights, v).reshape(queries, q_heads, head_dim)
