@@ -1,6 +1,8 @@
 """Compressed activations on MLX models: what changes, and that nothing stays."""
 
 import argparse
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from tqai_plugins.core import reference
 from tqai_plugins.core.activations import CONFIGS, group_size
+from tqai_plugins.core.codebook import Codebook, shipped
 from tqai_plugins.mlx_lm_plugin import CompressedKVCache
 from tqai_plugins.mlx_lm_plugin.activations import round_trip
 
@@ -92,3 +95,22 @@ def test_refused():
     with pytest.raises(ValueError, match="bits_ffn is 1"):
         tqai.patch(model, compress_ffn=True, bits_ffn=1)
     tqai.unpatch(model)
+
+
+def test_a_codebook_file(tmp_path):
+    """In a process of its own, which keeps it; the state of a cache names it."""
+    model, _ = mlx_models.load("llama")
+    head_dim = model.args.head_dim
+    numbers = tuple(m + 0.5 for m in (3, 9, 20, 30, 50, 70, 90, 120))
+    book = Codebook(head_dim, 4, numbers, shipped(head_dim, 4).unit, "crowded")
+    book.write(tmp_path / "book.json", {})
+    with pytest.raises(ValueError, match=f"'crowded' is for head_dim {head_dim} at 4 bits, but this cache has .* with 2, 3 bits"):
+        tqai.patch(model, bits_k=3, codebook=tmp_path / "book.json")
+    code = (
+        "import sys, mlx.core as mx, mlx_lm, tqai; from mlx_lm.models.cache import make_prompt_cache\n"
+        "model, _ = mlx_lm.load(sys.argv[1]); tqai.patch(model, codebook=sys.argv[2]); cache = make_prompt_cache(model)\n"
+        "model(mx.array([[1, 2, 3]]), cache=cache); print(cache[0].state[-1][-1])"
+    )
+    command = [sys.executable, "-c", code, str(mlx_models.folder_of("llama")), str(tmp_path / "book.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{book.digest}-{shipped(head_dim, 2).digest}\n"

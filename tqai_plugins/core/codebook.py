@@ -132,6 +132,14 @@ def use(book: Codebook) -> None:
     _in_use[book.head_dim, book.bits] = book
 
 
+def read_all(files: object) -> list[Codebook]:
+    """The codebooks of a file's name or a list of them; ValueError for anything else."""
+    given = [files] if isinstance(files, (str, os.PathLike)) else files
+    if not isinstance(given, (list, tuple)) or not all(isinstance(file, (str, os.PathLike)) for file in given):
+        raise ValueError(f"codebook is {files!r}; expected a file of `tqai codebook build`, or a list of them")
+    return [Codebook.read(file) for file in given]
+
+
 def use_for(books: Iterable[Codebook], head_dim: int, widths: Collection[int]) -> None:
     """use() each; ValueError for one that a cache with this head_dim and these widths would not read."""
     for book in books:

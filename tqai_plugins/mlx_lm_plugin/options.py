@@ -57,6 +57,12 @@ class CacheOptions:
             bits = parse_name(self.layer_formats[layer])
         return replace(self, bits_k=bits[0], bits_v=bits[1], layer_formats=None)
 
+    @property
+    def widths(self) -> set[int]:
+        """Of keys and values in all layers."""
+        pairs = [(self.bits_k, self.bits_v), *map(parse_name, (self.layer_formats or {}).values())]
+        return {bits for pair in pairs for bits in pair}
+
     @classmethod
     def of(cls, **given) -> CacheOptions:
         """The same from keyword arguments; ValueError for a name that does not exist here."""

@@ -9,6 +9,7 @@ from mlx import nn
 from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
+from ..core.codebook import read_all, use_for
 from . import compat, dispatch
 from .kv_cache import BatchCompressedKVCache, CompressedKVCache
 from .options import CacheOptions
@@ -20,14 +21,15 @@ def _is_installed(model: nn.Module) -> bool:
     return any(ref() is model for ref in _models)
 
 
-def install(model: nn.Module, **options) -> None:
+def install(model: nn.Module, codebook=(), **options) -> None:
     """Make every new cache of this model a compressed one, in mlx-lm's generators and its server, until uninstall.
 
-    Layers with a sliding-window or recurrent cache keep the stock one. Raises ValueError for bad options and for
+    codebook: a file of `tqai codebook build`, or a list of them; options: those of CacheOptions. Layers with a sliding-window or recurrent cache keep the stock one. Raises ValueError for bad options and for
     models that cannot be served, ImportError for untested versions of mlx-lm.
     """
     given = CacheOptions.of(**options)
     compat.check_version()
+    use_for(read_all(codebook), _head_dim(model), given.widths)
     uninstall(model)
     stock = make_prompt_cache(model)
     caches = [_compressed(cache, given.of_layer(i), _ProbedCache) for i, cache in enumerate(stock)]
@@ -59,6 +61,11 @@ def install(model: nn.Module, **options) -> None:
 
     model.make_cache = make_cache
     _models.append(weakref.ref(model))
+
+
+def _head_dim(model: nn.Module) -> int:
+    args = getattr(model, "args", None)
+    return getattr(args, "head_dim", None) or getattr(args, "hidden_size", 0) // getattr(args, "num_attention_heads", 1)
 
 
 def uninstall(model: nn.Module) -> None:

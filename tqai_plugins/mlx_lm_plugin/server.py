@@ -27,6 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--sink-tokens", type=int, help="first tokens that stay exact (4)")
     parser.add_argument("--residual-window", type=int, default=128, help="newest tokens that stay exact (128)")
+    parser.add_argument("--codebook", metavar="FILE", help="a file of `tqai codebook build` (the shipped codebooks)")
     parser.add_argument("--cache-strategy", default="auto", help="auto (residual), residual, full or incremental")
 
 
@@ -42,7 +43,7 @@ def cache_options(args: argparse.Namespace) -> dict:
     elif args.kv_cache_dtype:
         options["bits_k"], options["bits_v"] = parse_name(args.kv_cache_dtype)
     CacheOptions.of(**options)
-    return options
+    return options | ({"codebook": args.codebook} if args.codebook else {})
 
 
 def folder_widths(model: str) -> dict:

@@ -6,8 +6,6 @@ model.generate(**inputs, past_key_values=cache)
 
 from __future__ import annotations
 
-import os
-
 from tqai_plugins.core import converted_folder
 from tqai_plugins.core.activations import Activations
 from tqai_plugins.core.kv_format import KVFormat, parse_name
@@ -87,14 +85,10 @@ def _converted(config, options: dict) -> dict:
 
 
 def _use_codebooks(files, config, options) -> None:
-    from tqai_plugins.core.codebook import Codebook, use_for
+    from tqai_plugins.core.codebook import read_all, use_for
 
     pairs = [(options.bits_k, options.bits_v), *map(parse_name, (options.layer_formats or {}).values())]
-    given = [files] if isinstance(files, (str, os.PathLike)) else files
-    if not isinstance(given, (list, tuple)) or not all(isinstance(file, (str, os.PathLike)) for file in given):
-        raise ValueError(f"codebook is {files!r}; expected a file of `tqai codebook build`, or a list of them")
-    books = map(Codebook.read, given)
-    use_for(books, configurations.head_dim_of(config), {bits for pair in pairs for bits in pair})
+    use_for(read_all(files), configurations.head_dim_of(config), {bits for pair in pairs for bits in pair})
 
 
 def _is_mlx(model) -> bool:
