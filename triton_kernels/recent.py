@@ -24,6 +24,7 @@ class RecentPages:
 
     @staticmethod
     def layout(head_dim: int) -> PageLayout:
+        """Offsets in one page of 8-bit copies."""
         return recent_format(head_dim).page_layout(RECENT_PAGE_TOKENS)
 
     @classmethod

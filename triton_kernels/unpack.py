@@ -72,6 +72,7 @@ def key_coordinate(plane: tl.constexpr, byte, BITS: tl.constexpr):
 
 @triton.jit
 def two_planes(x, p, q, PTX: tl.constexpr):
+    """int8 levels of two groups of codes, four codes of each at a time."""
     return tl.inline_asm_elementwise(
         PTX, "=r,=r,r,r,r,r,r,r,r,r,r", [x, p, q], dtype=(tl.int8, tl.int8), is_pure=True, pack=4
     )
@@ -79,6 +80,7 @@ def two_planes(x, p, q, PTX: tl.constexpr):
 
 @triton.jit
 def four_planes(x, p, q, PTX: tl.constexpr):
+    """int8 levels of four groups of codes, four codes of each at a time."""
     return tl.inline_asm_elementwise(
         PTX, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r", [x, p, q],
         dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,
@@ -87,6 +89,7 @@ def four_planes(x, p, q, PTX: tl.constexpr):
 
 @triton.jit
 def four_planes_signed(x, signs, lift, p, q, PTX: tl.constexpr):
+    """As four_planes, for 3 bits, whose signs lie apart."""
     return tl.inline_asm_elementwise(
         PTX, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r", [x, signs, lift, p, q],
         dtype=(tl.int8, tl.int8, tl.int8, tl.int8), is_pure=True, pack=4,

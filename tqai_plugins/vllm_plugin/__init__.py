@@ -5,6 +5,12 @@ from __future__ import annotations
 _registered = False
 
 
+def _learn_key_means(model, config) -> None:
+    from . import key_mean  # only a worker loads a model
+
+    key_mean.learn(model, config)
+
+
 def register() -> None:
     """Teach this process' vLLM the tqai cache dtypes. Called in every process, perhaps more than once.
 
@@ -23,4 +29,5 @@ def register() -> None:
     compat.register_dtypes()
     compat.register_backend()
     compat.register_folders()
+    compat.after_loading(_learn_key_means)
     metrics.show()

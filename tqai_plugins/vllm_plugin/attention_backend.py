@@ -27,7 +27,7 @@ from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
 from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
 from tqai_plugins.triton_kernels.workspace import Workspace
 
-from . import compat, metrics, prefill, presets, recent_memory
+from . import compat, key_mean, metrics, prefill, presets, recent_memory
 
 # The logger's name must lie under vLLM's for its handlers to print it.
 logger = init_logger("vllm.tqai")
@@ -96,6 +96,7 @@ class Metadata(AttentionMetadata):
 
     num_actual_tokens: int
     slot_mapping: torch.Tensor
+    positions: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     num_decodes: int
@@ -105,6 +106,8 @@ class Metadata(AttentionMetadata):
 
 
 class Builder(TurboQuantMetadataBuilder):
+    """Plans each step of the layers that share a page table: which requests decode, and where copies go."""
+
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
@@ -187,6 +190,7 @@ class Builder(TurboQuantMetadataBuilder):
         return Metadata(
             common.num_actual_tokens,
             common.slot_mapping,
+            common.positions,
             common.block_table_tensor,
             common.seq_lens,
             num_decodes,
@@ -203,6 +207,8 @@ def _workspace(num_tokens: int, num_q_heads: int, head_dim: int, rows: int, devi
 
 
 class Impl(TurboQuantAttentionImpl):
+    """One layer: its format, and the kernels' calls."""
+
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads=None, alibi_slopes=None, sliding_window=None,
         kv_cache_dtype="tqai", logits_soft_cap=None, attn_type="decoder", kv_sharing_target_layer_name=None,
@@ -213,7 +219,7 @@ class Impl(TurboQuantAttentionImpl):
         self.num_heads, self.head_size, self.scale = num_heads, head_size, scale
         self.num_kv_heads = num_kv_heads or num_heads
         self.soft_cap = logits_soft_cap or None
-        self.sliding_window = sliding_window
+        self.window = sliding_window
         self.sinks = sinks  # a parameter of the model, loaded later
         if kv_sharing_target_layer_name is not None:
             raise ValueError(
@@ -228,7 +234,7 @@ class Impl(TurboQuantAttentionImpl):
         self.fa_version = get_flash_attn_version(head_size=head_size)
         self.config = get_current_vllm_config()
         self.ptx = uses_ptx(torch.device("cuda", torch.cuda.current_device()))
-        self.recent_pages = None
+        self.recent_pages = self.key_mean = self.kv_sharing_target_layer_name = None
         self.use_format(kv_cache_dtype)
 
     def use_format(self, name: str) -> None:
@@ -253,8 +259,8 @@ class Impl(TurboQuantAttentionImpl):
         if self.sinks is not None:
             self.sinks = self.sinks.to(torch.float32)
         tokens = prefill.tile_tokens(self.num_kv_heads, self.head_size, act_dtype)
-        if self.sliding_window is not None:
-            tokens = max(tokens, self.config.scheduler_config.max_num_batched_tokens + self.sliding_window)
+        if self.window is not None:
+            tokens = max(tokens, self.config.scheduler_config.max_num_batched_tokens + self.window)
         prefill.reserve(tokens, self.num_kv_heads, self.head_size, act_dtype, device)
         copies = recent_memory.copies(self.config)
         if copies:
@@ -264,7 +270,7 @@ class Impl(TurboQuantAttentionImpl):
     @property
     def shape(self) -> tuple:
         """What its kernels are compiled for."""
-        return self.num_heads, self.num_kv_heads, self.fmt, self.sliding_window, self.sinks is not None
+        return self.num_heads, self.num_kv_heads, self.fmt, self.window, self.sinks is not None, self.key_mean is None
 
     def compile(self, page_tokens, dtype, bookkeeping) -> None:
         """Compile what capturing decode steps in CUDA graphs does not reach, so that no request waits for it."""
@@ -276,15 +282,15 @@ class Impl(TurboQuantAttentionImpl):
         for tiling in TILINGS.values():
             prepare(
                 None, vectors, vectors, pages, table[0].long(), self.workspace, self.fmt, page_tokens, self.scale,
-                recent=recent, tiling=tiling,
+                recent=recent, positions=table[0], mean=self.key_mean, tiling=tiling,
             )
         zero = torch.zeros(1, dtype=torch.int32, device=device)
-        compile_dequantize = lambda held, fmt, tokens: dequantize(
-            held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False
+        compile_dequantize = lambda held, fmt, tokens, mean: dequantize(
+            held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False, mean=mean
         )
-        compile_dequantize(pages, self.fmt, page_tokens)
+        compile_dequantize(pages, self.fmt, page_tokens, self.key_mean)
         if recent is not None:
-            compile_dequantize(self.recent_pages, recent_format(self.head_size), RECENT_PAGE_TOKENS)
+            compile_dequantize(self.recent_pages, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)
         out = torch.zeros(1, self.num_heads, self.head_size, dtype=dtype, device=device)
         for splits in MERGE_VARIANTS:
             if splits * self.num_heads <= self.workspace.lse.shape[0]:
@@ -297,7 +303,7 @@ class Impl(TurboQuantAttentionImpl):
         self, layer, query, key, value, kv_cache, attn_metadata, output=None, output_scale=None, output_block_scale=None
     ):
         if attn_metadata is None:  # vLLM's profiling run
-            return output.fill_(0)
+            return key_mean.read(self, layer, query, key, value, output)
         meta = attn_metadata
         page_tokens = kv_cache.shape[2]
         pages = kv_cache.flatten(2)
@@ -312,20 +318,20 @@ class Impl(TurboQuantAttentionImpl):
             recent = RecentPages(self.recent_pages, meta.recent.slots, meta.recent.table)
         prepare(
             query[:decode_tokens] if decode_tokens else None, key, value, pages, meta.slot_mapping, self.workspace,
-            self.fmt, page_tokens, self.scale, recent=recent,
+            self.fmt, page_tokens, self.scale, recent=recent, positions=meta.positions, mean=self.key_mean,
         )
         if decode_tokens:
             decode_attention(
                 self.workspace, pages, meta.block_table, meta.seq_lens[: meta.num_decodes], out[:decode_tokens],
                 self.fmt, page_tokens, query_len=meta.query_len, soft_cap=self.soft_cap, recent=recent,
-                sliding_window=self.sliding_window, sinks=self.sinks,
+                mean=self.key_mean, sliding_window=self.window, sinks=self.sinks,
             )
         if meta.prefill is not None:
             rows = slice(decode_tokens, tokens)
             prefill.attend(
                 query[rows], key[rows], value[rows], pages, page_tokens, self.recent_pages, meta.prefill, self.fmt,
-                out[rows], softmax_scale=self.scale, fa_version=self.fa_version, sliding_window=self.sliding_window,
-                soft_cap=self.soft_cap, sinks=self.sinks,
+                out[rows], softmax_scale=self.scale, fa_version=self.fa_version, sliding_window=self.window,
+                soft_cap=self.soft_cap, sinks=self.sinks, mean=self.key_mean,
             )
         return output
 

@@ -68,6 +68,7 @@ def check_at_start(check_name: Callable[[str], str], check_config: Callable) -> 
 
 
 def register_dtypes() -> None:
+    """0.26 on: make vLLM know the names of our cache dtypes."""
     import vllm.config.cache as cache_config
 
     if hasattr(cache_config, "register_kv_cache_dtype"):  # 0.33 on: the official hook
@@ -166,6 +167,24 @@ def register_folders() -> None:
     arguments.resolve_kv_cache_dtype_string = resolve_kv_cache_dtype_string  # type: ignore[attr-defined]
 
 
+def after_loading(act: Callable) -> None:
+    """0.26 on: call act(model, config) when the weights of the served model, not of a draft, are there."""
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    stock = BaseModelLoader.load_model
+
+    @functools.wraps(stock)
+    def load_model(self, vllm_config, model_config, *args, **kwargs):
+        model = stock(self, vllm_config, model_config, *args, **kwargs)
+        speculative = vllm_config.speculative_config
+        drafts = speculative is not None and model_config is speculative.draft_model_config
+        if is_tqai(vllm_config.cache_config.cache_dtype) and not drafts:
+            act(model, vllm_config)
+        return model
+
+    BaseModelLoader.load_model = load_model
+
+
 def check_layer(name: str, attn_type: str, alibi_slopes) -> None:
     """ValueError for an attention layer that no backend of ours serves; start_checks refuses most models before."""
     if attn_type != "decoder" or alibi_slopes is not None:
@@ -178,6 +197,7 @@ _active: str | None = None
 
 
 def set_active(name: str) -> None:
+    """Note the dtype of a layer that this process makes, and use the codebooks that it needs."""
     global _active
     parse_name(name)
     _active = name

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import AttentionMetadataBuilder, AttentionType
 from vllm.v1.attention.backends.cpu_attn import (
@@ -19,7 +20,7 @@ from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SERVED_NAMES, KVForm
 from tqai_plugins.torch_kernels import paged
 from tqai_plugins.torch_kernels.recent import RecentCopies, claim
 
-from . import compat, metrics, presets, recent_memory
+from . import compat, key_mean, metrics, presets, recent_memory
 
 logger = init_logger("vllm.tqai")
 
@@ -47,17 +48,20 @@ class Backend(CPUAttentionBackend):
 @dataclass
 class Metadata(CPUAttentionMetadata):
     """One step. starts and lengths (new tokens included) of its requests; those with more than query_limit new
-    tokens prefill. recent_slots: where the copy of each new token goes, None without copies; recent: the copies
+    tokens prefill. positions: of the new tokens. recent_slots: where the copy of each new token goes, None without copies; recent: the copies
     of the last two pages of what each request reads from codes."""
 
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     query_limit: int = 1
+    positions: torch.Tensor | None = None
     recent_slots: torch.Tensor | None = None
     recent: list[list[int]] = field(default_factory=list)
 
 
 class Builder(CPUAttentionMetadataBuilder):
+    """Plans each step of the layers that share a page table."""
+
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         self.ours = compat.is_tqai_spec(kv_cache_spec)
         if self.ours:  # the stock builder plans for kernels that do not know these pages
@@ -114,12 +118,15 @@ class Builder(CPUAttentionMetadataBuilder):
             starts=starts,
             lengths=lengths,
             query_limit=self.query_limit,
+            positions=common.positions,
             recent_slots=slots,
             recent=copies,
         )
 
 
 class Impl(CPUAttentionBackendImpl):
+    """One layer; vLLM's own for other dtypes than tqai's."""
+
     def __init__(
         self, num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window, kv_cache_dtype,
         logits_soft_cap=None, attn_type=AttentionType.DECODER, kv_sharing_target_layer_name=None, *args, **kwargs,
@@ -130,12 +137,13 @@ class Impl(CPUAttentionBackendImpl):
             compat.set_active(kv_cache_dtype)
             self.fmt = KVFormat.from_name(kv_cache_dtype, head_size)
             self.config = get_current_vllm_config()
-            self.recent_pages = None
+            self.recent_pages = self.key_mean = None
         super().__init__(
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window,
             "auto" if self.fmt else kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, *args, **kwargs,
         )
-        self.window = sliding_window
+        self.window, self.soft_cap = sliding_window, logits_soft_cap or None
+        self.sinks = getattr(self, "sinks", None)
         self.kv_cache_dtype = kv_cache_dtype
 
     def use_format(self, name: str) -> None:
@@ -163,7 +171,13 @@ class Impl(CPUAttentionBackendImpl):
         if self.fmt is None:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         key, value = (self._vectors(x, slot_mapping.shape[0]) for x in (key, value))
-        paged.store(key, value, kv_cache.flatten(2), slot_mapping, self.fmt, kv_cache.shape[2])
+        positions = None
+        if self.key_mean is not None:
+            positions = get_forward_context().attn_metadata[layer.layer_name].positions[: slot_mapping.shape[0]]
+        paged.store(
+            key, value, kv_cache.flatten(2), slot_mapping, self.fmt, kv_cache.shape[2],
+            positions=positions, mean=self.key_mean,
+        )
 
     def _vectors(self, x, tokens: int):
         return x[:tokens].view(tokens, self.num_kv_heads, self.head_size)
@@ -172,7 +186,7 @@ class Impl(CPUAttentionBackendImpl):
         if self.fmt is None:
             return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
         if attn_metadata is None:
-            return output
+            return key_mean.read(self, layer, query, key, value, output)
         meta, owner = attn_metadata, self
         shares = self.kv_sharing_target_layer_name is not None
         if shares:  # another layer's cache; this one's keys are not in it
@@ -189,9 +203,9 @@ class Impl(CPUAttentionBackendImpl):
             prefills = end - start > meta.query_limit
             output.view(shape)[start:end] = paged.attention(
                 query.view(shape)[start:end], kv_cache.flatten(2), meta.block_table[i], meta.lengths[i], self.fmt,
-                kv_cache.shape[2], self.scale, sliding_window=self.window, soft_cap=self.logits_soft_cap or None,
-                sinks=getattr(self, "sinks", None),
+                kv_cache.shape[2], self.scale, sliding_window=self.window, soft_cap=self.soft_cap, sinks=self.sinks,
                 own=(key[start:end], value[start:end]) if prefills and not shares else None,
                 recent=(owner.recent_pages, meta.recent[i]) if meta.recent and owner.recent_pages is not None else None,
+                mean=owner.key_mean,
             ).to(output.dtype)
         return output

@@ -36,6 +36,7 @@ GAUGES = {
     "tqai_token_bytes": "Bytes of the cache for one token, all layers of this rank.",
     "tqai_compression_ratio": "How many times smaller a token is than with 16 bits in all layers.",
     "tqai_cache_tokens": "Tokens that fit.",
+    "tqai_key_mean_layers": "Compressed layers whose keys are stored less their mean.",
     "tqai_recent_copies": "8-bit copies of recent pages that every compressed layer has room for.",
 }
 NO_COPY = "recent_page_without_copy"
@@ -150,6 +151,10 @@ def announce(config, kernels: str) -> None:
     files.set("tqai_compression_ratio", plain / coded)
     for kind, number in kinds.items():
         files.set("tqai_layers", number, kind=kind)
+
+
+def set_key_means(config, layers: int) -> None:
+    _of_process(config).set("tqai_key_mean_layers", layers)
 
 
 class Meter:

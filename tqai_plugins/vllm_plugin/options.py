@@ -1,4 +1,4 @@
-"""What --additional-config '{"tqai": {...}}' says: recent_memory, preset and codebook."""
+"""What --additional-config '{"tqai": {...}}' says: recent_memory, key_mean, preset and codebook."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from tqai_plugins.core.codebook import Codebook
 from tqai_plugins.core.preset import Preset
 
-NAMES = ("recent_memory", "preset", "codebook")
+NAMES = ("recent_memory", "key_mean", "preset", "codebook")
 DEFAULT_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class Options:
-    """recent_memory: the fraction of KV memory for 8-bit copies of recent pages. preset: the formats of single
-    layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`."""
+    """recent_memory: the fraction of KV memory for 8-bit copies of recent pages. key_mean: whether keys are stored
+    less their mean. preset: the formats of single layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`."""
 
     recent_memory: float = DEFAULT_SHARE
+    key_mean: bool = True
     preset: Preset | None = None
     codebooks: tuple[Codebook, ...] = ()
 
@@ -33,13 +34,20 @@ class Options:
         unknown = set(given) - set(NAMES)
         if unknown:
             raise ValueError(f"--additional-config has the tqai options {sorted(unknown)}; allowed are {', '.join(NAMES)}")
-        return cls(_share(given), _preset(given.get("preset")), _codebooks(given.get("codebook", ())))
+        return cls(_share(given), _key_mean(given), _preset(given.get("preset")), _codebooks(given.get("codebook", ())))
 
 
 def _share(given: Mapping) -> float:
     value = given.get("recent_memory", DEFAULT_SHARE)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 0.5:
         raise ValueError(f"the tqai option recent_memory is {value!r}; allowed is a fraction of KV memory from 0 to 0.5")
+    return value
+
+
+def _key_mean(given: Mapping) -> bool:
+    value = given.get("key_mean", True)
+    if not isinstance(value, bool):
+        raise ValueError(f"the tqai option key_mean is {value!r}; allowed are true and false")
     return value
 
 

@@ -10,6 +10,7 @@ from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, KVFormat, recent_format
+from tqai_plugins.torch_kernels.key_mean import KeyMean
 from tqai_plugins.torch_kernels.prefill import plan_tiles
 from tqai_plugins.triton_kernels.dequantize import dequantize
 
@@ -58,6 +59,7 @@ class Prefill:
 
     @property
     def max_query_len(self) -> int:
+        """New tokens of the request that has most of them."""
         return max(b - a for a, b in zip(self.starts, self.starts[1:]))
 
     def tiles(self, window: int | None) -> list[Tile]:
@@ -141,11 +143,12 @@ def attend(
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: torch.Tensor | None,
+    mean: KeyMean | None,
 ) -> None:
     """Causal attention of the chunks to themselves and to their cached contexts, into out.
 
     query and out [tokens, q_heads, head_dim]; key and value [tokens, kv_heads, head_dim], all of the
-    requests of `prefill` in a row; pages as in triton_kernels.prepare; sinks float32 [q_heads].
+    requests of `prefill` in a row; pages and mean as in triton_kernels.prepare; sinks float32 [q_heads].
     """
 
     def flash(query, key, value, query_starts, key_starts, max_query, max_key, causal, window=(-1, -1)):
@@ -160,7 +163,7 @@ def attend(
         k, v = reserve(max(prefill.tile_tokens, tile.tokens), *key.shape[1:], key.dtype, key.device)
         dequantize(
             pages, prefill.block_table[tile.requests], tile.begin, tile.end, tile.out, k, v, fmt, page_tokens,
-            tile.longest, rotated=False,
+            tile.longest, rotated=False, mean=mean,
         )  # fmt: skip
         if recent_pages is not None and prefill.recent_table is not None:
             dequantize(

@@ -30,26 +30,34 @@ CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Entry:
-    """One server: its cache dtype, and the share of its memory for 8-bit copies of recent pages (None: the default)."""
+    """One server: its cache dtype, the share of its memory for 8-bit copies of recent pages (None: the default), and
+    whether keys are stored less their mean."""
 
     name: str
     dtype: str
     recent_memory: float | None = None
+    key_mean: bool = True
 
     @classmethod
     def parse(cls, text: str) -> Entry:
+        """From a word of --formats; ValueError says what is expected."""
         from tqai_plugins.vllm_plugin.start_checks import name_check
 
-        found = re.fullmatch(r"((?:tqai_)?(k\dv\d)|[a-z0-9_]+?)(?::([0-9.]+))?", text)
+        found = re.fullmatch(r"((?:tqai_)?(k\dv\d)|[a-z0-9_]+?)(?::([0-9.]+))?(:nomean)?", text)
         if not found:
-            raise ValueError(f"--formats has {text!r}; expected a KV cache dtype such as fp8, k4v2 or, without 8-bit copies, k4v2:0")
+            raise ValueError(
+                f"--formats has {text!r}; expected a KV cache dtype such as fp8 or k4v2, k4v2:0 "
+                "without 8-bit copies, or k4v2:nomean without key mean"
+            )
         dtype = f"tqai_{found[2]}" if found[2] else found[1]
-        return cls(text, name_check(None)(dtype), float(found[3]) if found[3] else None)
+        return cls(text, name_check(None)(dtype), float(found[3]) if found[3] else None, not found[4])
 
     @property
     def options(self) -> list[str]:
-        extra = [] if self.recent_memory is None else ["--additional-config", json.dumps({"tqai": {"recent_memory": self.recent_memory}})]
-        return ["--kv-cache-dtype", self.dtype, *extra]
+        """Arguments of `vllm serve`."""
+        options = {} if self.recent_memory is None else {"recent_memory": self.recent_memory}
+        options |= {} if self.key_mean else {"key_mean": False}
+        return ["--kv-cache-dtype", self.dtype, *(["--additional-config", json.dumps({"tqai": options})] if options else [])]
 
 
 def run(args) -> int:

@@ -1,0 +1,141 @@
+"""Key means of a served model (core/key_mean.py), learned when its weights are there and then fixed:
+--additional-config '{"tqai": {"key_mean": false}}' leaves them out.
+
+The model reads TOKENS fixed pseudo-random tokens once, with exact attention, and each layer's mean key before RoPE is
+noted. It does not depend on requests, and ranks learn what one rank would, so all pages of a server agree.
+"""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import torch
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from tqai_plugins.core import key_mean
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, is_tqai
+from tqai_plugins.torch_kernels.key_mean import KeyMean
+from tqai_plugins.torch_kernels.paged import dense_attention
+
+from . import metrics
+from .options import Options
+
+logger = init_logger("vllm.tqai")
+
+TOKENS = 512
+
+# While the model reads: keys and values of each layer, by its name.
+_read: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+
+def read(impl, layer, query, key, value, output):
+    """A layer's attention without a cache: exact while the model reads, else, in vLLM's profiling run, zeros."""
+    if _read is None:
+        return output.fill_(0)
+    if impl.kv_sharing_target_layer_name is None:
+        shape = (-1, impl.num_kv_heads, impl.head_size)
+        _read[layer.layer_name] = key.view(shape).float(), value.view(shape).float()
+    k, v = _read[impl.kv_sharing_target_layer_name or layer.layer_name]
+    shape = (-1, impl.num_heads, impl.head_size)
+    out = dense_attention(
+        query.view(shape).float(), k, v, impl.scale, sliding_window=impl.window, soft_cap=impl.soft_cap, sinks=impl.sinks
+    )
+    output.view(shape).copy_(out)
+    return output
+
+
+def why_none(config) -> str | None:
+    """Why a server of this VllmConfig has no key means, None if it may have some."""
+    parallel, model = config.parallel_config, config.model_config
+    layers = config.compilation_config.static_forward_context.values()
+    foreign = [x for x in layers if isinstance(x, AttentionLayerBase) and not is_tqai(getattr(x, "kv_cache_dtype", None))]
+    for so, reason in (
+        (not Options.of(config).key_mean, "key_mean is false"),
+        (bool(foreign), "layers without a compressed cache"),
+        (parallel.pipeline_parallel_size > 1, "pipeline parallel"),
+        (parallel.data_parallel_size > 1, "data parallel"),
+        (config.kv_transfer_config is not None, "a KV connector may bring pages of another process"),
+        (getattr(model, "enable_sleep_mode", False), "sleep mode gives away their memory"),
+        (getattr(model, "is_multimodal_model", False), "a multimodal model"),
+    ):
+        if so:
+            return reason
+    return None
+
+
+def learn(model: torch.nn.Module, config) -> None:
+    """Give every compressed layer of `model` its key mean, if it can have one; say in the log what was done."""
+    reason = why_none(config)
+    start = time.perf_counter()
+    with_rope = {} if reason else _layers(model, config)
+    if with_rope:
+        _run(model, config)
+    elif reason is None:
+        reason = "no layer with 2- to 4-bit keys and RoPE of the common form"
+    number = _assign(with_rope, config)
+    metrics.set_key_means(config, number)
+    if reason:
+        logger.info("tqai: keys are stored without a key mean: %s", reason)
+    else:
+        logger.info(
+            "tqai: the keys of %d layers are stored less their mean over %d pseudo-random tokens, by %d pairs of RoPE; "
+            "learned in %.1f s", number, TOKENS, key_mean.MEAN_PAIRS, time.perf_counter() - start,
+        )  # fmt: skip
+
+
+def _layers(model: torch.nn.Module, config) -> dict:
+    """Attention layer -> its RoPE, of those that profit and whose RoPE is of the form that core.key_mean knows."""
+    found = {}
+    for module in model.modules():
+        rope = getattr(module, "rotary_emb", None)
+        for layer in module.children():
+            impl = getattr(layer, "impl", None)
+            if impl is None or impl.fmt.bits_k == 8 or impl.kv_sharing_target_layer_name is not None:
+                continue
+            if _is_plain(rope, layer.head_size, config.model_config.max_model_len):
+                found[layer] = rope
+    return found
+
+
+def _is_plain(rope, head_dim: int, positions: int) -> bool:
+    """Whether it turns all pairs (i, i + head_dim / 2) by one position."""
+    cache = getattr(rope, "cos_sin_cache", None)
+    return (
+        isinstance(cache, torch.Tensor)
+        and getattr(rope, "is_neox_style", False)
+        and not hasattr(rope, "mrope_section")
+        and cache.shape[1] == head_dim >= key_mean.COLUMNS
+        and cache.shape[0] >= max(positions, TOKENS)
+    )
+
+
+def _run(model: torch.nn.Module, config) -> None:
+    global _read
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.model_config.get_vocab_size(), (TOKENS,), generator=generator)
+    _read = {}
+    with torch.inference_mode(), set_forward_context(None, config, num_tokens=TOKENS, skip_compiled=True):
+        model(input_ids=tokens.to(device), positions=torch.arange(TOKENS, device=device))
+
+
+def _assign(layers: dict, config) -> int:
+    """Make the means of what was read; how many layers have one."""
+    global _read
+    read, _read = _read or {}, None
+    rows = -(-config.model_config.max_model_len // RECENT_PAGE_TOKENS) * RECENT_PAGE_TOKENS
+    for layer, rope in layers.items():
+        keys = read[layer.layer_name][0]
+        cos, sin = np.split(rope.cos_sin_cache[: max(rows, TOKENS)].float().cpu().numpy(), 2, 1)
+        before = key_mean.before_rope(keys.cpu().numpy(), cos[:TOKENS], sin[:TOKENS])
+        means = before[key_mean.FIRST_TOKEN :].mean(0)
+        energy = torch.tensor(key_mean.energy(means), dtype=torch.float32, device=keys.device)
+        pairs = key_mean.choose_pairs(tensor_model_parallel_all_reduce(energy).cpu().numpy())
+        table = np.zeros((rows, key_mean.COLUMNS), np.int8)
+        table[: len(cos)] = key_mean.make_table(cos, sin, pairs)[:rows]
+        layer.impl.key_mean = KeyMean.make(means, pairs, torch.from_numpy(table).to(keys.device), key_mean.unit(cos))
+    return len(layers)
