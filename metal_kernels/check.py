@@ -24,6 +24,7 @@ SHAPES = (  # query heads a KV head, tokens of each sequence, exact window, sink
 
 
 def draw(seed: int, *shape: int, dtype=mx.float16) -> mx.array:
+    """Normal numbers of this shape, the same for a seed."""
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
@@ -72,6 +73,7 @@ class Case:
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """|found - expected| / |expected|."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 

@@ -31,6 +31,7 @@ def check_served(fmt: KVFormat) -> None:
 
 
 def slot_words(fmt: KVFormat) -> int:
+    """32-bit words of a slot."""
     return fmt.slot_bytes // WORD
 
 

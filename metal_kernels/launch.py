@@ -48,6 +48,7 @@ def header(kind: str) -> str:
 
 @functools.lru_cache(None)
 def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], kind: str):
+    """MLX's kernel of one of our sources, for Metal or CUDA."""
     make, source = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel, _text(f"{name}.metal")
     # MLX keeps compiled CUDA kernels on disk by their names: another text needs another name.
     digest = hashlib.sha256((header(kind) + source).encode()).hexdigest()[:8]

@@ -40,6 +40,7 @@ class Activations:
 
     @property
     def any(self) -> bool:
+        """Whether anything is to be compressed."""
         return self.compress_hidden or self.compress_ffn
 
 

@@ -101,6 +101,7 @@ class Codebook:
         return dict(zip(FILE_KEYS, held))
 
     def write(self, path: str | Path, made: dict) -> None:
+        """Write a file that read() takes; `made` says how it was made."""
         Path(path).write_text(json.dumps(self.as_json(made), indent=1) + "\n")
 
 

@@ -36,11 +36,13 @@ def packed_bytes(head_dim: int, bits: int) -> int:
 
 
 def check_width(name: str, bits: int) -> None:
+    """ValueError, with the option's name, for bits that are no width."""
     if type(bits) is not int or bits not in WIDTHS:
         raise ValueError(f"{name} is {bits!r}; allowed are the whole numbers 1 to 8")
 
 
 def check_head_dim(head_dim: int) -> None:
+    """ValueError for a head dimension that no codebook is made for."""
     if type(head_dim) is not int or head_dim not in HEAD_DIMS:
         raise ValueError(f"head_dim is {head_dim!r}; allowed are the whole numbers 8 to 512")
 
@@ -88,6 +90,7 @@ class KVFormat:
 
     @property
     def name(self) -> str:
+        """Such as `tqai_k4v2`."""
         return format_name(self.bits_k, self.bits_v)
 
     @property
@@ -121,6 +124,7 @@ class KVFormat:
         return self.bits_k in SERVED_WIDTHS and self.bits_v in SERVED_WIDTHS and self.head_dim % 16 == 0
 
     def page_layout(self, page_tokens: int) -> PageLayout:
+        """Offsets in a page of so many tokens."""
         v_codes = page_tokens * self.k_bytes
         k_scales = v_codes + page_tokens * self.v_bytes
         v_scales = k_scales + page_tokens * SCALE_BYTES
@@ -128,6 +132,7 @@ class KVFormat:
 
 
 def format_name(bits_k: int, bits_v: int) -> str:
+    """`tqai_k<bits>v<bits>`; parse_name is the inverse."""
     return f"tqai_k{bits_k}v{bits_v}"
 
 

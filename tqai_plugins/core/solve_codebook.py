@@ -125,6 +125,7 @@ def solve(head_dim: int, bits: int) -> dict:
 
 
 def main() -> None:
+    """Write codebook_tables.json."""
     tables = {f"{d}/{b}": solve(d, b) for d in COMMON_HEAD_DIMS for b in WIDTHS}
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(entry)}" for key, entry in tables.items())
     Path(__file__).with_name("codebook_tables.json").write_text("{\n" + lines + "\n}\n")

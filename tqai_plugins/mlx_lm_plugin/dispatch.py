@@ -31,8 +31,10 @@ def _replace(old, new) -> None:
 
 
 def install() -> None:
+    """Let the models' attention read codes."""
     _replace(_stock, scaled_dot_product_attention)
 
 
 def uninstall() -> None:
+    """Give the models mlx-lm's own attention back."""
     _replace(scaled_dot_product_attention, _stock)

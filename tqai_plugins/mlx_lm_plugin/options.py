@@ -74,16 +74,20 @@ class CacheOptions:
 
     @property
     def window(self) -> int:
+        """Newest tokens that stay exact."""
         return self.residual_window if self.cache_strategy in ("auto", "residual") else 0
 
     @property
     def sinks(self) -> int:
+        """First tokens that stay exact."""
         default = 4 if self.cache_strategy in ("auto", "residual") else 0
         return default if self.sink_tokens is None else self.sink_tokens
 
     @property
     def keep_dense(self) -> bool:
+        """Whether a dequantized copy is kept beside the codes."""
         return self.cache_strategy == "incremental"
 
     def format(self, head_dim: int) -> KVFormat:
+        """The widths for a model with this head_dim."""
         return KVFormat(self.bits_k, self.bits_v, head_dim)

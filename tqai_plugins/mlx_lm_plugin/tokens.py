@@ -30,10 +30,12 @@ class Tokens:
 
     @property
     def recent_count(self) -> int:
+        """Tokens in `recent`."""
         return 0 if self.recent is None else self.recent.shape[2]
 
     @property
     def sink_count(self) -> int:
+        """Tokens in `sinks`."""
         return 0 if self.sinks is None else self.sinks.shape[2]
 
 
@@ -48,9 +50,11 @@ class Operand:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """[batch, kv_heads, tokens, head_dim] of the keys or values that this stands for."""
         slots = self.tokens.slots
         return (slots.shape[0], slots.shape[1], self.tokens.length, self.tokens.fmt.head_dim)
 
     @property
     def dtype(self) -> mx.Dtype:
+        """Of the keys or values that this stands for."""
         return self.tokens.dtype

@@ -39,6 +39,7 @@ class RecentCopies:
 
     @classmethod
     def allocate(cls, copies: int, max_sequences: int, max_tokens: int, device) -> RecentCopies:
+        """Empty books for so many copies, running sequences and tokens of a step."""
         full = lambda *shape: torch.full(shape, NEVER, dtype=torch.int32, device=device)
         zeros = lambda n, dtype: torch.zeros(n, dtype=dtype, device=device)
         return cls(

@@ -32,6 +32,7 @@ class Score:
         self.same += (logits.argmax(-1) == reference.argmax(-1)).double().tolist()
 
     def summary(self) -> dict:
+        """Means over the scored tokens, with their standard errors, for JSON."""
         nll, nll_error = mean_and_error(self.nll)
         kld, kld_error = mean_and_error(self.kld)
         same, same_error = mean_and_error(self.same)
@@ -108,6 +109,7 @@ def stored_bits(cache: Cache) -> dict:
 
 
 def to_bf16(x: torch.Tensor) -> torch.Tensor:
+    """Rounded to bfloat16 and back."""
     return x.bfloat16().to(x.dtype)
 
 

@@ -32,6 +32,7 @@ class Trial:
 
     @property
     def key(self) -> str:
+        """Its name in files."""
         return f"{self.layer} {format_name(self.bits_k, self.bits_v)}"
 
 

@@ -88,10 +88,12 @@ class CacheOptions:
 
     @property
     def window(self) -> int:
+        """Newest tokens that stay exact."""
         return self.residual_window if self.cache_strategy in ("auto", "residual") else 0
 
     @property
     def sinks(self) -> int:
+        """First tokens that stay exact."""
         default = 4 if self.cache_strategy in ("auto", "residual") else 0
         return default if self.sink_tokens is None else self.sink_tokens
 

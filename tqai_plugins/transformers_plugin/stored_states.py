@@ -36,6 +36,7 @@ class StoredStates(torch.Tensor):
 
     @functools.cached_property
     def dense(self) -> torch.Tensor:
+        """The numbers, dequantized at the first look."""
         return self.snapshot.dense()
 
     @classmethod

@@ -37,9 +37,11 @@ class TokenBuffer:
 
     @property
     def tokens(self) -> torch.Tensor:
+        """What it holds, a view."""
         return self.data[:, :, : self.length]
 
     def append(self, new: torch.Tensor) -> None:
+        """Add tokens [batch, heads, new, ...]."""
         end = self.length + new.shape[2]
         capacity = self.data.shape[2]
         if end > capacity:
@@ -51,6 +53,7 @@ class TokenBuffer:
 
     @torch.inference_mode(False)
     def change(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the whole tensor, room included, by a function of it."""
         self.data = function(self.data)
 
 
@@ -77,6 +80,7 @@ class Snapshot:
 
     @property
     def shape(self) -> torch.Size:
+        """[batch, heads, tokens, head_dim], as of an ordinary tensor of keys."""
         batch, heads, count, head_dim = self.exact.shape
         return torch.Size([batch, heads, count + self.codes.shape[2], head_dim])
 
@@ -126,6 +130,7 @@ class VectorStore:
 
     @property
     def buffers(self) -> list[TokenBuffer]:
+        """All that it keeps."""
         return [self.exact, self.codes, self.scales, *self.sketch] + ([self.dense] if self.dense is not None else [])
 
     @property
@@ -136,6 +141,7 @@ class VectorStore:
 
     @property
     def length(self) -> int:
+        """Tokens, exact and coded."""
         return self.exact.length + self.codes.length
 
     def append(self, new: torch.Tensor) -> Snapshot | torch.Tensor:

@@ -154,6 +154,7 @@ def announce(config, kernels: str) -> None:
 
 
 def set_key_means(config, layers: int) -> None:
+    """Show in how many layers a key mean is subtracted."""
     _of_process(config).set("tqai_key_mean_layers", layers)
 
 

@@ -43,6 +43,7 @@ def emit(args: argparse.Namespace, data: dict, show) -> None:
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
+    """Give a command --json [FILE]; see emit."""
     parser.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="print JSON instead of a table, or also write it to FILE"
     )

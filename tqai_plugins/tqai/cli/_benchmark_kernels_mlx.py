@@ -28,6 +28,7 @@ def measure(shapes: str, formats: str, q_heads: int = 32, kv_heads: int = 8, hea
 
 
 def machine() -> dict:
+    """This machine and its versions, for a report."""
     from importlib.metadata import version
 
     import mlx.core as mx

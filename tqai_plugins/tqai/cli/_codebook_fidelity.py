@@ -33,6 +33,7 @@ class Reading:
             raise ValueError(f"{self.model} has head_dim {said}; give --head-dims {said}, or leave --model out")
 
     def as_json(self) -> dict:
+        """For a report."""
         text = self.text.name if self.text else "built-in"
         return {"model": self.model, "text": text, "context": self.context, "windows": self.windows}
 

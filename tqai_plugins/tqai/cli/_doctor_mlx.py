@@ -6,6 +6,7 @@ import sys
 
 
 def add_options(parser) -> None:
+    """Give `tqai doctor` the options of this check."""
     group = parser.add_argument_group("the Metal kernels, on an Apple or NVIDIA GPU")
     group.add_argument("--mlx", action="store_true", help="run their whole grid and the speed table; a report for an issue")
     group.add_argument("--head-dims", help="only these, comma-separated (all)")

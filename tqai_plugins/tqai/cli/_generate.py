@@ -9,6 +9,7 @@ from tqai_plugins.core.activations import CONFIGS, Activations
 
 
 def add_model(parser) -> None:
+    """Give a command --model."""
     parser.add_argument("--model", required=True, help="Hugging Face id, folder, GGUF file or demo")
 
 
@@ -71,6 +72,7 @@ def _merged(args) -> dict:
 
 
 def load(args):
+    """Model and tokenizer that the arguments name."""
     import torch
     from tqai import models
 
@@ -89,6 +91,8 @@ def prompt_tokens(model, tokenizer, prompt: str):
 
 @dataclass(frozen=True)
 class Generated:
+    """An answer and the time that it took."""
+
     tokens: list[int]
     text: str
     prompt_seconds: float  # until the first new token
@@ -108,10 +112,12 @@ class Clock:
         self.step, self.times = step, []
 
     def put(self, tokens) -> None:
+        """Take tokens as they come."""
         self.times.append(time.perf_counter())  # the first is the prompt, before anything is computed
         self.step(tokens)
 
     def end(self) -> None:
+        """What a streamer has to have."""
         pass
 
 

@@ -47,4 +47,5 @@ def run(args) -> int:
 
 
 def kind(file: Path) -> str:
+    """The first word of a file's name."""
     return file.stem.split("_")[0]

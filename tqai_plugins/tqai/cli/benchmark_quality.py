@@ -59,6 +59,7 @@ class Entry:
 
     @classmethod
     def parse(cls, text: str, args) -> Entry:
+        """From a word of --formats; ValueError says what is expected."""
         found = re.fullmatch(r"(?:tqai_)?k([1-8])v([1-8])(?::(?:(\d+):(\d+)|(full|residual|incremental)))?", text)
         if not found:
             raise ValueError(

@@ -43,6 +43,7 @@ def run(args) -> int:
 
 
 def build(args) -> int:
+    """`tqai codebook build`."""
     from . import emit
 
     if args.out.exists():
@@ -91,6 +92,7 @@ def compared(book) -> dict:
 
 
 def report(args) -> int:
+    """`tqai codebook report`."""
     from . import _parse, emit
     from ._codebook_fidelity import Reading, add_divergences
     from .benchmark_quality import machine
@@ -118,6 +120,7 @@ def report(args) -> int:
 
 
 def show_report(rows: list[dict]) -> None:
+    """Print the rows as a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

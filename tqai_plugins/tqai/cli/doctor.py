@@ -55,6 +55,7 @@ def show(data: dict) -> None:
 
 
 def show_markdown(data: dict) -> None:
+    """Print the report for an issue."""
     print(f"`tqai doctor`, Python {data['python']}, {data['platform']}\n\n| | check | found | advice |\n|---|---|---|---|")
     for finding in data["findings"]:
         cells = (finding["level"], finding["check"], finding["found"], finding["advice"])

@@ -46,6 +46,7 @@ def run(args) -> int:
 
 
 def make(args) -> dict:
+    """The plan as data; ValueError for arguments that are no good."""
     from tqai import model_shape, plan, results
 
     for name in ("context", "concurrency", "tensor_parallel", "batched_tokens"):
