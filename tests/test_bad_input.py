@@ -23,7 +23,7 @@ pytest.importorskip("rich")
 import tqai
 from tqai import conversion, model_shape, models, plan
 from tqai.cli import main
-from tqai.cli._texts import PROSE
+from tqai_plugins.core.texts import PROSE
 
 from tqai_plugins.core import codebook, codebook_solvers, converted_folder, json_file
 from tqai_plugins.core.codebook import Codebook, shipped
@@ -182,6 +182,9 @@ def named(name: object, says: str = "unknown KV cache format"):
 FORMATS = {f"format {name!r}": named(name) for name in (
     "", "tqai_", "tqai_k4", "tqai_k0v4", "tqai_k4v9", "tqai-k4v2", "TQAI", "tqai_k4v2\n", "tqai_k４v２", "tqai_k4v2 ", "k4v2", None, 4, b"tqai",
 )} | {
+    "a format of a million letters": (lambda here: KVFormat.from_name("k" * 1_000_000, 64), "unknown KV cache format 'kkkk"),
+    "a config of a million letters": (patch(config="k" * 1_000_000), "config is 'kkkk.*expected one of kv-only"),
+} | {
     f"head_dim {value!r}": (lambda here, value=value: KVFormat(4, 2, value), "head_dim is .*allowed are the whole numbers 8 to 512")
     for value in (0, 7, 513, 64.0, "64", True, None, NAN, 10**20)
 } | {

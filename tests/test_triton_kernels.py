@@ -101,10 +101,10 @@ class Step:
     def stored(self, sequence):
         """(k codes, k scales, v codes, v scales) of one sequence as bytes on the pages, token by token."""
         layout, fmt = self.fmt.page_layout(self.page), self.fmt
-        length, pages = self.lengths[sequence], self.pages.cpu().numpy()
+        length, pages = self.lengths[sequence], self.pages[self.table[sequence].long()].cpu().numpy()
         found = ([], [], [], [])
         for token in range(length):
-            page = pages[self.table[sequence, token // self.page].item()]
+            page = pages[token // self.page]
             i = token % self.page
             found[0].append(page[:, i * fmt.k_bytes : (i + 1) * fmt.k_bytes])
             found[1].append(page[:, layout.k_scales + 2 * i : layout.k_scales + 2 * i + 2])
@@ -361,6 +361,39 @@ def test_byte_permutes_and_plain_loads_agree(bits):
     step = Step(KVFormat(*bits, 128), 2, 4, [700, 64, 5], 64)
     step.store()
     np.testing.assert_allclose(step.attend(ptx=True), step.attend(ptx=False), rtol=0, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_pages_beyond_four_gibibytes():
+    step = Step(KVFormat(4, 2, 128), 8, 4, [300, 70], 64)
+    each = step.pages[0].numel()
+    first = 2**32 // each + 1
+    step.pages = torch.cat([torch.empty(first, *step.pages.shape[1:], dtype=torch.uint8, device=DEVICE), step.pages])
+    step.table += first
+    step.slots += first * step.page
+    step.store()
+    assert_close(step.attend(), step.expected())
+
+
+@pytest.mark.cuda
+def test_a_million_tokens():
+    length, fmt = 1_000_003, KVFormat(4, 2, 64)
+    step = Step(fmt, 1, 4, [1], 64)
+    blocks = -(-length // 64)
+    step.pages = torch.empty(blocks, 1, fmt.page_layout(64).page_bytes, dtype=torch.uint8, device=DEVICE)
+    step.table = torch.randperm(blocks, device=DEVICE).int()[None]
+    token = torch.arange(length, device=DEVICE)
+    step.slots = step.table[0].long()[token // 64] * 64 + token % 64
+    step.k, step.v = torch.randn(2, length, 1, 64, device=DEVICE, dtype=DTYPE)
+    step.store()
+    step.lengths = [length]
+    k, v = torch.empty(2, length, 1, 64, device=DEVICE)
+    one = lambda n: torch.tensor([n], dtype=torch.int32, device=DEVICE)
+    dequantize(step.pages, step.table, one(0), one(length), one(0), k, v, fmt, 64, length)
+    turn = torch.from_numpy(reference.rotation_matrix(Rotation(64))).to(DEVICE).double()
+    scores = (step.q[0].double() @ turn.T) @ k[:, 0].double().T * step.softmax_scale
+    expected = (scores.softmax(-1) @ v[:, 0].double()) @ turn
+    assert_close(step.attend()[0], expected.cpu().numpy())
 
 
 @pytest.mark.cuda

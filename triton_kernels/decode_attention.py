@@ -49,7 +49,7 @@ class Tuning:
     warps: int = 1
 
 
-def tuning(fmt: KVFormat, columns: int) -> Tuning:
+def tuning(fmt: KVFormat, columns: int, mean: bool = False) -> Tuning:
     """What was the fastest on an H100 for this format and so many query columns a KV head."""
     eight = fmt.bits_k == 8 or fmt.bits_v == 8
     if columns * fmt.head_dim > 4 * 128:  # one warp would spill; four would take another matrix unit
@@ -59,6 +59,8 @@ def tuning(fmt: KVFormat, columns: int) -> Tuning:
         return Tuning(1, 168, 12)  # masked tiles must not be loaded ahead: Triton 3.6 reads them wrongly
     if eight:
         return Tuning(3, 232, 8)  # bytes are the limit: many in flight
+    if mean:
+        return Tuning(2, 168, 12)
     if (fmt.bits_k, fmt.bits_v) == (4, 2):
         return Tuning(3, 168, 12)
     return Tuning(1, 168, 12)  # 4-bit values lose more to registers than they gain
@@ -269,9 +271,9 @@ def _decode_kernel(
         q2 = _query_plane(planes, column_row, plane, key_coordinate(2, jk, BITS_K), real_column, D)
         q3 = _query_plane(planes, column_row, plane, key_coordinate(3, jk, BITS_K), real_column, D)
     if MEAN:
-        column = tl.arange(0, COLUMNS)
+        jm = tl.arange(0, COLUMNS)
         q_mean = tl.load(
-            mean_planes + (column_row * 2 + plane)[None, :] * COLUMNS + column[:, None], mask=real_column[None, :], other=0
+            mean_planes + (column_row * 2 + plane)[None, :] * COLUMNS + jm[:, None], mask=real_column[None, :], other=0
         )
         scale_mean = tl.load(mean_scale + query_row, mask=real, other=0.0)
     ref = tl.full([H], -1e30, tl.float32)
@@ -291,6 +293,8 @@ def _decode_kernel(
         v_lift = tl.broadcast_to(tl.load(lifts + jv[:, None]), [VB, TILE])
 
     for tile in tl.range(start, coded_stop, num_stages=STAGES):
+        if MEAN:  # asked for together with the codes
+            turns = tl.load(mean_table + (tile * TILE + n)[:, None] * COLUMNS + jm[None, :])
         x, x_sign, z, z_sign, k_scale, v_scale = _load_tile(
             pages, block_table + sequence * table_stride, head * head_stride, tile, length,
             page_stride, k_levels, v_levels, D, BITS_K, BITS_V, K_BYTES, V_CODES, K_SCALES, V_SCALES,
@@ -312,7 +316,6 @@ def _decode_kernel(
             s = tl.dot(k2, q2, s, out_dtype=tl.int32)
             s = tl.dot(k3, q3, s, out_dtype=tl.int32)
         if MEAN:
-            turns = tl.load(mean_table + (tile * TILE + n)[:, None] * COLUMNS + column[None, :])
             hi, lo = tl.split(tl.reshape(tl.dot(turns, q_mean, out_dtype=tl.int32), [TILE, H, 2]))
             more = (hi * 254 + lo).to(tl.float32) * scale_mean[None, :]
         else:
@@ -455,7 +458,7 @@ def decode_attention(
     group = num_q_heads // num_kv_heads
     device = pages.device
     ptx = uses_ptx(device) if ptx is None else ptx
-    tuned = tuned or tuning(fmt, _columns(group * query_len))
+    tuned = tuned or tuning(fmt, _columns(group * query_len), mean is not None)
     rows = group * query_len
     columns = _columns(rows)
     splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)

@@ -221,7 +221,17 @@ def _prepare_kernel(
         query_row = (program * ROWS + r).to(tl.int64)
         valid = query_row < num_query_rows
         offsets = (query_row // NUM_Q_HEADS) * q_stride + (query_row % NUM_Q_HEADS) * D
-        y = _rotated(_load_vectors(q_ptr, offsets, valid, D, DP), matrix, norm)
+        x = _load_vectors(q_ptr, offsets, valid, D, DP)
+        if MEAN:  # what the query gives each column of the table; loaded early, since latency is what a decode step pays
+            c = tl.arange(0, COLUMNS)
+            of_head = (query_row % NUM_Q_HEADS) // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS)
+            of_head = mean_coefficients + of_head[:, None] + c[None, :]
+            w = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for side in tl.static_range(2):
+                at = tl.load(mean_coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))
+                part = tl.load(q_ptr + offsets[:, None] + at[None, :], mask=valid[:, None], other=0.0)
+                w += part.to(tl.float32) * tl.load(of_head + side * COLUMNS)
+        y = _rotated(x, matrix, norm)
         top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
         hi, lo = _in_planes(y, top)
         out = planes_ptr + (query_row * (2 * D))[:, None] + d[None, :]
@@ -231,15 +241,7 @@ def _prepare_kernel(
         tl.store(q_scale_ptr + query_row, top * (softmax_scale / (127.0 * 254.0)), mask=valid)
         # Codes hold m for m + 1/2: the missing halves of a score.
         tl.store(q_bias_ptr + query_row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
-        if MEAN:  # what the query gives each column of the table
-            c = tl.arange(0, COLUMNS)
-            of_head = (query_row % NUM_Q_HEADS) // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS)
-            of_head = mean_coefficients + of_head[:, None] + c[None, :]
-            w = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for side in tl.static_range(2):
-                at = tl.load(mean_coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))
-                x = tl.load(q_ptr + offsets[:, None] + at[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
-                w += x * tl.load(of_head + side * COLUMNS)
+        if MEAN:
             top = tl.maximum(tl.max(tl.abs(w), 1), 1e-20)
             hi, lo = _in_planes(w, top)
             out = mean_planes_ptr + (query_row * (2 * COLUMNS))[:, None] + c[None, :]
@@ -255,6 +257,8 @@ def _prepare_kernel(
         token = row // NUM_KV_HEADS
         head = row % NUM_KV_HEADS
         slot = tl.load(slot_ptr + token, mask=is_row, other=-1).to(tl.int64)
+        if MEAN:
+            position = tl.load(position_ptr + token, mask=is_row, other=0)
         valid = slot >= 0
         slot = tl.maximum(slot, 0)
         page = pages_ptr + (slot // PAGE) * page_stride + head * head_stride
@@ -267,18 +271,20 @@ def _prepare_kernel(
             in_recent = recent_slot % RECENT_PAGE
         if is_key:
             x = _load_vectors(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, D, DP)
-            y = _rotated(x, matrix, norm)
-            coded = y
+            coded = x
             if MEAN:
-                position = tl.load(position_ptr + token, mask=valid, other=0)
                 inside = valid[:, None] & (d < D)[None, :]
                 mean = mean_term(mean_table, mean_place, mean_coefficients, position, head, inside, D, DP, COLUMNS)
-                coded = _rotated((x.to(tl.float32) - mean).to(x.dtype), matrix, norm)
-            _store_vectors(coded, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
+                coded = (x.to(tl.float32) - mean).to(x.dtype)
+            y = _rotated(coded, matrix, norm)
+            _store_vectors(y, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
                            D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
             if RECENT:
                 if tl.max(twin.to(tl.int32), 0) > 0:
-                    _store_vectors(y, copy, k_table, recent_page, in_recent, 0, 1, D, RECENT_K_SCALES, twin & valid, D,
+                    whole = y
+                    if MEAN:
+                        whole = _rotated(x, matrix, norm)
+                    _store_vectors(whole, copy, k_table, recent_page, in_recent, 0, 1, D, RECENT_K_SCALES, twin & valid, D,
                                    D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
         else:
             x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, D, DP)

@@ -1,8 +1,8 @@
 """Key means of a served model (core/key_mean.py), learned when its weights are there and then fixed:
 --additional-config '{"tqai": {"key_mean": false}}' leaves them out.
 
-The model reads TOKENS fixed pseudo-random tokens once, with exact attention, and each layer's mean key before RoPE is
-noted. It does not depend on requests, and ranks learn what one rank would, so all pages of a server agree.
+The model reads a built-in text once, with exact attention, and each layer's mean key before RoPE is noted. It does not
+depend on requests, and ranks learn what one rank would, so all pages of a server agree.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.tokenizers import cached_tokenizer_from_config
 
 from tqai_plugins.core import key_mean
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, is_tqai
+from tqai_plugins.core.texts import PROSE
 from tqai_plugins.torch_kernels.key_mean import KeyMean
 from tqai_plugins.torch_kernels.paged import dense_attention
 
@@ -26,7 +28,7 @@ from .options import Options
 
 logger = init_logger("vllm.tqai")
 
-TOKENS = 512
+TOKENS = 512  # of the text, or fewer
 
 # While the model reads: keys and values of each layer, by its name.
 _read: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -73,7 +75,7 @@ def learn(model: torch.nn.Module, config) -> None:
     start = time.perf_counter()
     with_rope = {} if reason else _layers(model, config)
     if with_rope:
-        _run(model, config)
+        _run(model, config, _tokens(config))
     elif reason is None:
         reason = "no layer with 2- to 4-bit keys and RoPE of the common form"
     number = _assign(with_rope, config)
@@ -82,8 +84,8 @@ def learn(model: torch.nn.Module, config) -> None:
         logger.info("tqai: keys are stored without a key mean: %s", reason)
     else:
         logger.info(
-            "tqai: the keys of %d layers are stored less their mean over %d pseudo-random tokens, by %d pairs of RoPE; "
-            "learned in %.1f s", number, TOKENS, key_mean.MEAN_PAIRS, time.perf_counter() - start,
+            "tqai: the keys of %d layers are stored less their mean, by %d pairs of RoPE; learned in %.1f s",
+            number, key_mean.MEAN_PAIRS, time.perf_counter() - start,
         )  # fmt: skip
 
 
@@ -109,18 +111,25 @@ def _is_plain(rope, head_dim: int, positions: int) -> bool:
         and getattr(rope, "is_neox_style", False)
         and not hasattr(rope, "mrope_section")
         and cache.shape[1] == head_dim >= key_mean.COLUMNS
-        and cache.shape[0] >= max(positions, TOKENS)
+        and cache.shape[0] >= positions
     )
 
 
-def _run(model: torch.nn.Module, config) -> None:
+def _tokens(config) -> torch.Tensor:
+    """Of the text; pseudo-random ones, which are worth less, where vLLM was told to load no tokenizer."""
+    if config.model_config.skip_tokenizer_init:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(config.model_config.get_vocab_size(), (TOKENS,), generator=generator)
+    tokens = torch.tensor(cached_tokenizer_from_config(config.model_config).encode(PROSE)[:TOKENS])
+    return tokens[: config.model_config.max_model_len]
+
+
+def _run(model: torch.nn.Module, config, tokens: torch.Tensor) -> None:
     global _read
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.model_config.get_vocab_size(), (TOKENS,), generator=generator)
     _read = {}
-    with torch.inference_mode(), set_forward_context(None, config, num_tokens=TOKENS, skip_compiled=True):
-        model(input_ids=tokens.to(device), positions=torch.arange(TOKENS, device=device))
+    with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
+        model(input_ids=tokens.to(device), positions=torch.arange(len(tokens), device=device))
 
 
 def _assign(layers: dict, config) -> int:
@@ -130,12 +139,12 @@ def _assign(layers: dict, config) -> int:
     rows = -(-config.model_config.max_model_len // RECENT_PAGE_TOKENS) * RECENT_PAGE_TOKENS
     for layer, rope in layers.items():
         keys = read[layer.layer_name][0]
-        cos, sin = np.split(rope.cos_sin_cache[: max(rows, TOKENS)].float().cpu().numpy(), 2, 1)
-        before = key_mean.before_rope(keys.cpu().numpy(), cos[:TOKENS], sin[:TOKENS])
+        cos, sin = np.split(rope.cos_sin_cache[:rows].float().cpu().numpy(), 2, 1)
+        before = key_mean.before_rope(keys.cpu().numpy(), cos[: len(keys)], sin[: len(keys)])
         means = before[key_mean.FIRST_TOKEN :].mean(0)
         energy = torch.tensor(key_mean.energy(means), dtype=torch.float32, device=keys.device)
         pairs = key_mean.choose_pairs(tensor_model_parallel_all_reduce(energy).cpu().numpy())
         table = np.zeros((rows, key_mean.COLUMNS), np.int8)
-        table[: len(cos)] = key_mean.make_table(cos, sin, pairs)[:rows]
+        table[: len(cos)] = key_mean.make_table(cos, sin, pairs)
         layer.impl.key_mean = KeyMean.make(means, pairs, torch.from_numpy(table).to(keys.device), key_mean.unit(cos))
     return len(layers)

@@ -157,7 +157,7 @@ def measure(model, tokens, entries: list[Entry], chunk: int, step):
 def read_text(path: Path | None) -> str:
     """The text of a file, or the built-in one."""
     if path is None:
-        from ._texts import PROSE
+        from tqai_plugins.core.texts import PROSE
 
         return PROSE
     try:

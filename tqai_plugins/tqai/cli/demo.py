@@ -18,7 +18,7 @@ def run(args) -> int:
     from tqai import models
 
     from . import compare, emit
-    from ._texts import DEMO_PROMPT
+    from tqai_plugins.core.texts import DEMO_PROMPT
 
     args.model = models.DEMO
     data = compare.compare(args, DEMO_PROMPT)

@@ -1,4 +1,4 @@
-"""Built-in texts: prose to measure on, and the prompt of the demo. Written for tqai; MIT like the rest."""
+"""Built-in texts: prose to measure on and to learn key means from, and the prompt of the demo. Written for tqai; MIT like the rest."""
 
 STORY = """\
 The lighthouse on Gull Rock was built in 1871 by an engineer named Clara Hedley, who had never seen the sea before \
