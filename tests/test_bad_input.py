@@ -23,12 +23,12 @@ pytest.importorskip("rich")
 import tqai
 from tqai import conversion, model_shape, models, plan
 from tqai.cli import main
-from tqai_plugins.core.texts import PROSE
 
 from tqai_plugins.core import codebook, codebook_solvers, converted_folder, json_file
 from tqai_plugins.core.codebook import Codebook, shipped
 from tqai_plugins.core.kv_format import KVFormat
 from tqai_plugins.core.preset import Preset
+from tqai_plugins.core.texts import PROSE
 from tqai_plugins.torch_kernels import codec
 
 SECONDS, MEBIBYTES = 1.0, 32

@@ -11,6 +11,8 @@ DEFAULT_BITS = (4, 2)
 WIDTHS = range(1, 9)
 HEAD_DIMS = range(8, 513)
 
+LONGEST_NAME = 40  # letters of a name that is no format, in what is said of it
+
 # Widths that the integer kernels read; the others exist in the reference and in transformers.
 SERVED_WIDTHS = (2, 3, 4, 8)
 
@@ -131,6 +133,12 @@ class KVFormat:
         return PageLayout(page_tokens, 0, v_codes, k_scales, v_scales, page_tokens * self.slot_bytes)
 
 
+def shown(given: object) -> str:
+    """What was given, for a sentence that says so: as repr, but short."""
+    text = repr(given[: 2 * LONGEST_NAME] if isinstance(given, (str, bytes)) else given)
+    return text if len(text) <= 2 * LONGEST_NAME else f"{text[:LONGEST_NAME]}..."
+
+
 def format_name(bits_k: int, bits_v: int) -> str:
     """`tqai_k<bits>v<bits>`; parse_name is the inverse."""
     return f"tqai_k{bits_k}v{bits_v}"
@@ -156,9 +164,9 @@ def parse_name(name: str) -> tuple[int, int]:
     found = re.fullmatch(r"tqai_k([1-8])v([1-8])", name) if isinstance(name, str) else None
     if not found:
         every = [DEFAULT_NAME, *(format_name(k, v) for k in WIDTHS for v in WIDTHS)]
-        near = difflib.get_close_matches(str(name).lower().replace("-", "_"), every, 1, 0.0)[0]
+        near = difflib.get_close_matches(str(name)[:LONGEST_NAME].lower().replace("-", "_"), every, 1, 0.0)[0]
         raise ValueError(
-            f"unknown KV cache format {name!r}; expected 'tqai' or 'tqai_k<bits>v<bits>' "
+            f"unknown KV cache format {shown(name)}; expected 'tqai' or 'tqai_k<bits>v<bits>' "
             f"with 1 to 8 bits, e.g. {near!r}"
         )
     return int(found[1]), int(found[2])

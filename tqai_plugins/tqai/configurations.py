@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqai_plugins.core import converted_folder
 from tqai_plugins.core.activations import CONFIGS
-from tqai_plugins.core.kv_format import is_tqai, parse_name
+from tqai_plugins.core.kv_format import LONGEST_NAME, is_tqai, parse_name, shown
 from tqai_plugins.core.preset import Preset
 
 
@@ -25,9 +25,9 @@ def options_of(config: str | os.PathLike) -> dict:
     if is_tqai(config) and not _exists(config):
         return _widths(config)
     if not isinstance(config, (str, os.PathLike)) or not config or not _exists(config):
-        near = difflib.get_close_matches(str(config), CONFIGS, 1, 0.0)[0]
+        near = difflib.get_close_matches(str(config)[:LONGEST_NAME], CONFIGS, 1, 0.0)[0]
         raise ValueError(
-            f"config is {str(config)!r}; expected one of {', '.join(CONFIGS)} (the nearest is {near!r}), a format such "
+            f"config is {shown(str(config))}; expected one of {', '.join(CONFIGS)} (the nearest is {near!r}), a format such "
             "as 'tqai_k4v4', a preset file of `tqai recommend` or a folder of `tqai convert`"
         )
     if Path(config).is_dir():

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 
+from tqai_plugins.core.kv_format import shown
+
 
 def numbers(text: str, option: str) -> list[int]:
     """Whole numbers with commas between; ValueError names the option."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} is {text!r}; expected whole numbers with commas between") from error
+        raise ValueError(f"{option} is {shown(text)}; expected whole numbers with commas between") from error
 
 
 def shapes(text: str, option: str = "--shapes") -> list[tuple[int, int]]:
     """Sequences x tokens with commas between; ValueError names the option."""
     found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", part) for part in text.split(",")]
     if not all(found):
-        raise ValueError(f"{option} is {text!r}; expected sequences x tokens with commas between, such as 8x512,1x32768")
+        raise ValueError(f"{option} is {shown(text)}; expected sequences x tokens with commas between, such as 8x512,1x32768")
     return [(int(match[1]), int(match[2])) for match in found if match]
