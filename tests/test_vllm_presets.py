@@ -83,7 +83,7 @@ def test_what_is_refused_before_weights_are_loaded(smol, preset, codebook, tmp_p
         ({"preset": str(few)}, "cannot serve a preset together with layers of several kinds"),
         ({"codebook": str(preset)}, "is no codebook file of tqai"),
         ({"codebook": 7}, "option codebook is 7; expected a file of `tqai codebook build`"),
-        ({"presets": str(preset)}, "tqai options .'presets'.; allowed are recent_memory, preset, codebook"),
+        ({"presets": str(preset)}, "tqai options .'presets'.; allowed are recent_memory, key_mean, preset, codebook"),
         ([], "tqai options .*; expected names and values in braces"),
     ):
         with pytest.raises(ValueError, match=sentence):
