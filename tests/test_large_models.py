@@ -8,6 +8,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from huggingface_hub import try_to_load_from_cache
 from tqai.cli import main
+
 from tqai_plugins.core.texts import DEMO_PROMPT
 
 pytestmark = pytest.mark.slow

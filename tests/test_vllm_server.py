@@ -122,8 +122,9 @@ def test_quality_is_that_of_the_transformers_cache(server, smol):
     import torch
     from tqai import Cache, fidelity
     from tqai.cli import _benchmark_quality_vllm as benchmark
-    from tqai_plugins.core.texts import PROSE
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tqai_plugins.core.texts import PROSE
 
     window = AutoTokenizer.from_pretrained(smol)(PROSE).input_ids[:352]
     count = 256

@@ -17,8 +17,9 @@ def add_parser(subparsers):
 def run(args) -> int:
     from tqai import models
 
-    from . import compare, emit
     from tqai_plugins.core.texts import DEMO_PROMPT
+
+    from . import compare, emit
 
     args.model = models.DEMO
     data = compare.compare(args, DEMO_PROMPT)
