@@ -107,7 +107,7 @@ def test_chunks_over_cached_contexts(window, soft_cap, sinks, tile_tokens, copie
     )
     prefill.attend(
         query, key, value, pages, PAGE, copies if copied else None, step, fmt, out, softmax_scale=scale, fa_version=3,
-        sliding_window=window, soft_cap=soft_cap, sinks=sink_logits,
+        sliding_window=window, soft_cap=soft_cap, sinks=sink_logits, mean=None,
     )
     for i, context in enumerate(CONTEXTS):
         rows = slice(starts[i], starts[i + 1])

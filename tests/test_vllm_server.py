@@ -49,6 +49,19 @@ def alone(server):
     return [server.complete(prompt, 16) for prompt in COUNTS]
 
 
+def test_three_tensor_parallel_ranks_answer_as_one(smol, tmp_path):
+    """One KV head a rank; the ranks must agree on the pairs of the key mean."""
+    answers = {}
+    for ranks in (1, 3):
+        options = ["--kv-cache-dtype", "tqai_k3v3", *OPTIONS[2:], "--max-model-len", 512, "--max-num-seqs", 4]
+        memory = ["--kv-cache-memory-bytes", 100 * BLOCK * TOKEN_BYTES // ranks, "--tensor-parallel-size", ranks]
+        with serve(smol, tmp_path / f"{ranks}.log", *options, *memory) as server:
+            assert server.log.count(f"the keys of {LAYERS} layers are stored less their mean, by 16 pairs") == ranks
+            assert server.metric("tqai_key_mean_layers", rank="0") == LAYERS and server.tokens == 100 * BLOCK
+            answers[ranks] = [server.complete(prompt, 16) for prompt in COUNTS[:6]]
+    assert answers[3] == answers[1]
+
+
 def test_the_log_and_the_gauges_say_what_is_compressed(server):
     assert (
         f"tqai: KV cache tqai_k4v2, 4-bit keys and 2-bit values: {LAYERS} layers of full attention; {TOKEN_BYTES:,} bytes a token"

@@ -193,7 +193,7 @@ def _store_vectors(
     tl.store(base[:, None] + j[None, :] * byte_stride, packed.to(tl.uint8), mask=valid[:, None] & (j < limit)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr"])
+@triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
     planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,

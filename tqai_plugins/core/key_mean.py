@@ -13,10 +13,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from .kv_format import KVFormat
+
 MEAN_PAIRS = 16
 COLUMNS = 2 * MEAN_PAIRS  # of the table: cosines, then sines
 FIRST_TOKEN = 4  # earlier keys are attention sinks, unlike the others: they are stored whole
 TABLE_TOP = 127
+
+
+def profits(fmt: KVFormat) -> bool:
+    """Whether keys make enough of a format's error that a mean, which costs time to read, is worth it: with values
+    two bits narrower than keys, as in K4V2, it changes nothing that can be measured."""
+    return fmt.bits_k < 8 and fmt.bits_k - fmt.bits_v < 2
 
 
 def energy(means: np.ndarray) -> np.ndarray:

@@ -282,7 +282,7 @@ class Impl(TurboQuantAttentionImpl):
         for tiling in TILINGS.values():
             prepare(
                 None, vectors, vectors, pages, table[0].long(), self.workspace, self.fmt, page_tokens, self.scale,
-                recent=recent, positions=table[0], mean=self.key_mean, tiling=tiling,
+                recent=recent, positions=table[0].long(), mean=self.key_mean, tiling=tiling,
             )
         zero = torch.zeros(1, dtype=torch.int32, device=device)
         compile_dequantize = lambda held, fmt, tokens, mean: dequantize(

@@ -77,7 +77,7 @@ def learn(model: torch.nn.Module, config) -> None:
     if with_rope:
         _run(model, config, _tokens(config))
     elif reason is None:
-        reason = "no layer with 2- to 4-bit keys and RoPE of the common form"
+        reason = "no layer whose format profits, with RoPE of the common form"
     number = _assign(with_rope, config)
     metrics.set_key_means(config, number)
     if reason:
@@ -96,9 +96,9 @@ def _layers(model: torch.nn.Module, config) -> dict:
         rope = getattr(module, "rotary_emb", None)
         for layer in module.children():
             impl = getattr(layer, "impl", None)
-            if impl is None or impl.fmt.bits_k == 8 or impl.kv_sharing_target_layer_name is not None:
+            if impl is None or impl.kv_sharing_target_layer_name is not None:
                 continue
-            if _is_plain(rope, layer.head_size, config.model_config.max_model_len):
+            if key_mean.profits(impl.fmt) and _is_plain(rope, layer.head_size, config.model_config.max_model_len):
                 found[layer] = rope
     return found
 

@@ -57,6 +57,6 @@ def show(data: dict) -> None:
         base = stock[r["sequences"], r["context"]]
         table.add_row(
             f"{r['sequences']} x {r['context']}", r["name"], f"{r['us']:.0f}", f"{base['us'] / r['us']:.2f}",
-            f"{r['step_us']:.0f}", f"{base['step_us'] / r['step_us']:.2f}",
+            *((f"{r['step_us']:.0f}", f"{base['step_us'] / r['step_us']:.2f}") if r["step_us"] else ("-", "-")),
         )  # fmt: skip
     Console(width=120).print(table)

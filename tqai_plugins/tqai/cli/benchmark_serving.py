@@ -37,6 +37,7 @@ def add_parser(subparsers):
     parser.add_argument("--full", type=int, default=8192, help="prompt tokens of the run that fills memory; 0 for none")
     parser.add_argument("--max-requests", type=int, default=256, help="most requests of that run")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.85)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs (1)")
     parser.add_argument("--plot", type=Path, help="write a PNG")
     add_json(parser)
     return parser
@@ -60,7 +61,7 @@ def run(args) -> int:
     machine = next((row.pop("machine") for row in rows if "machine" in row), {})
     for row in rows:
         row.pop("machine", None)
-    data = {**machine, "date": datetime.date.today().isoformat(), "model": args.model or "random Llama-3.1-8B", "rows": rows}
+    data = {**machine, "gpus": args.tensor_parallel_size, "date": datetime.date.today().isoformat(), "model": args.model or "random Llama-3.1-8B", "rows": rows}
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)
@@ -78,7 +79,7 @@ def _in_a_process(args, shapes: list[tuple[int, int]], model: str, dtype: str, w
     with tempfile.NamedTemporaryFile("r", suffix=".json") as result:
         order = {
             "model": model, "dtype": dtype, "weights": weights, "full": args.full, "max_requests": args.max_requests,
-            "shapes": shapes, "memory": args.gpu_memory_utilization, "result": result.name,
+            "shapes": shapes, "memory": args.gpu_memory_utilization, "result": result.name, "gpus": args.tensor_parallel_size,
         }  # fmt: skip
         done = subprocess.run([sys.executable, "-c", call, json.dumps(order)], stdout=sys.stderr, check=False)
         text = result.read()
@@ -100,7 +101,7 @@ def measure(order: dict) -> None:
     llm = vllm.LLM(
         model=order["model"], load_format="auto" if order["weights"] else "dummy", skip_tokenizer_init=True,
         kv_cache_dtype=order["dtype"], max_model_len=longest + 512, gpu_memory_utilization=order["memory"],
-        max_num_batched_tokens=STEP_TOKENS, max_num_seqs=max(batches + [order["max_requests"]] * bool(order["full"])),
+        tensor_parallel_size=order["gpus"], max_num_batched_tokens=STEP_TOKENS, max_num_seqs=max(batches + [order["max_requests"]] * bool(order["full"])),
         enable_prefix_caching=False,
         compilation_config={  # no torch.compile: a minute less of starting, the same for every dtype
             "mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY",
