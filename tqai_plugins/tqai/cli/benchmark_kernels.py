@@ -92,6 +92,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     """One row of the table: a format at one shape."""
     import torch
 
+    from tqai_plugins.core import key_mean
     from tqai_plugins.core.kv_format import KVFormat
     from tqai_plugins.triton_kernels import decode_attention as decode
     from tqai_plugins.triton_kernels.prepare import prepare
@@ -126,7 +127,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     recent = RecentPages(copies, copy_table[:, 1] * page + (context - 1) % page, copy_table)
     out = torch.full_like(query, torch.nan)
 
-    mean = None if fmt.bits_k == 8 else _key_mean(args, blocks * page, device)
+    mean = _key_mean(args, blocks * page, device) if key_mean.profits(fmt) else None
     positions = lengths - 1
 
     def step(recent=None, mean=None):
