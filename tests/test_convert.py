@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import small_model
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 import tqai
 from tqai import conversion, models
@@ -75,6 +75,29 @@ def test_run_and_patch_take_its_format_unless_told_otherwise(folder, original, c
     model, _ = models.load(str(folder))
     assert (tqai.patch(model).options.bits_k, tqai.patch(model).options.bits_v) == (4, 3)
     assert tqai.patch(model, bits_v=2).options.bits_v == 2
+
+
+def test_key_means_are_those_of_the_keys_before_rope(original, tmp_path, capsys):
+    from tqai_plugins.core.texts import PROSE
+
+    assert main(["convert", "--model", str(original), "--output", str(tmp_path / "c"), "--key-means", "--no-timing", "--dtype", "float32"]) == 0
+    capsys.readouterr()
+    model, tokenizer = models.load(str(tmp_path / "c"), torch.float32)  # its sum is checked too
+    seen = []
+    model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, out: seen.append(out))
+    model(tokenizer(PROSE, return_tensors="pt").input_ids[:, :512])
+    means = converted_folder.read_key_means(tmp_path / "c")
+    assert sorted(means) == [0, 1] and means[1].shape == (1, 32)
+    torch.testing.assert_close(torch.tensor(means[1][0]).float(), seen[0][0, 4:].mean(0), rtol=1e-3, atol=1e-4)
+
+
+def test_damaged_key_means_are_refused(tmp_path):
+    assert converted_folder.read_key_means(tmp_path) is None
+    for text in ("[]", "{}", '{"version": 2, "layers": {}}', '{"version": 1, "layers": {"0": [1]}}', '{"version": 1, "layers": {"0": [[NaN]]}}',
+                 '{"version": 1, "layers": {"x": [[1]]}}', '{"version": 1, "layers": []}'):  # fmt: skip
+        (tmp_path / converted_folder.KEY_MEANS).write_text(text)
+        with pytest.raises(ValueError, match="key_means.json is damaged: .*; convert the model again"):
+            converted_folder.read_key_means(tmp_path)
 
 
 def test_refused_before_anything_is_written(original, tmp_path, capsys):

@@ -62,6 +62,18 @@ def test_three_tensor_parallel_ranks_answer_as_one(smol, tmp_path):
     assert answers[3] == answers[1]
 
 
+def test_a_converted_folder_brings_its_format_and_key_means(smol, tmp_path):
+    """Layers whose keys lie where the text says, so that the server need not read it."""
+    from tqai import conversion
+
+    conversion.convert(smol, tmp_path / "folder", "tqai_k3v3", key_means=True)
+    options = [*OPTIONS[2:], "--max-model-len", 512, "--max-num-seqs", 4, "--kv-cache-memory-bytes", 100 * BLOCK * TOKEN_BYTES]
+    with serve(tmp_path / "folder", tmp_path / "log", *options) as server:
+        assert "was converted for tqai_k3v3" in server.log
+        assert re.search(f"the keys of {LAYERS} layers are stored less their mean, .*; read from the folder in", server.log)
+        assert server.complete(COUNTS[0], 12).startswith(" 7, 8, 9")
+
+
 def test_the_log_and_the_gauges_say_what_is_compressed(server):
     assert (
         f"tqai: KV cache tqai_k4v2, 4-bit keys and 2-bit values: {LAYERS} layers of full attention; {TOKEN_BYTES:,} bytes a token"

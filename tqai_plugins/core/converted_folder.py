@@ -1,7 +1,8 @@
 """A model folder that says which cache it is meant for, and whose files can be checked.
 
 `config.json` has one entry, "tqai": the format, its version, the rotation and the codebooks. Every runtime hands it on with
-the model's configuration. `tqai.json` lists all files with their sizes and SHA-256 sums.
+the model's configuration. `tqai.json` lists all files with their sizes and SHA-256 sums. `key_means.json`, if there is one,
+holds the mean key of each layer (core/key_mean.py), which servers then need not learn.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
+
 from . import json_file
 from .codebook import Codebook, shipped, use
 from .kv_format import FORMAT_VERSION, KVFormat
@@ -17,6 +20,8 @@ from .rotation import Rotation
 
 ENTRY = "tqai"
 MANIFEST = "tqai.json"
+KEY_MEANS = "key_means.json"
+LARGEST_KEY_MEANS = 1 << 26  # bytes; of Llama-3.1-405B they would have some 3 million
 FOLDER_VERSION = 1
 LONGEST_NAME = 200
 
@@ -66,6 +71,29 @@ def folder_format(folder: str | Path) -> str:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is no folder of `tqai convert`: its config.json has no entry {ENTRY!r}") from error
     return format_of(given, str(config))
+
+
+def write_key_means(folder: Path, means: dict[int, np.ndarray]) -> None:
+    """means: layer -> float [kv_heads, head_dim], before RoPE."""
+    data = {"version": FOLDER_VERSION, "layers": {str(layer): np.round(mean, 6).tolist() for layer, mean in means.items()}}
+    (folder / KEY_MEANS).write_text(json.dumps(data) + "\n")
+
+
+def read_key_means(folder: str | Path) -> dict[int, np.ndarray] | None:
+    """What write_key_means wrote, None if the folder has none; ValueError if it is damaged."""
+    path = Path(folder) / KEY_MEANS
+    if not path.is_file():
+        return None
+    try:
+        data = json_file.read(path, LARGEST_KEY_MEANS)
+        if data["version"] != FOLDER_VERSION:
+            raise ValueError(f"its version is {data['version']!r}, this tqai reads {FOLDER_VERSION}")
+        means = {int(layer): np.array(mean, np.float64) for layer, mean in data["layers"].items()}
+        if any(mean.ndim != 2 or not np.isfinite(mean).all() for mean in means.values()):
+            raise ValueError("a mean is no table of numbers")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; convert the model again") from error
+    return means
 
 
 def write_manifest(folder: Path, made_from: str) -> None:

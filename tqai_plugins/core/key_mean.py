@@ -17,6 +17,7 @@ from .kv_format import KVFormat
 
 MEAN_PAIRS = 16
 COLUMNS = 2 * MEAN_PAIRS  # of the table: cosines, then sines
+TOKENS = 512  # of core.texts.PROSE, over which a mean is taken; fewer where the model reads no more
 FIRST_TOKEN = 4  # earlier keys are attention sinks, unlike the others: they are stored whole
 TABLE_TOP = 127
 
@@ -71,6 +72,11 @@ def term(table: np.ndarray, coefficients: np.ndarray, pairs: np.ndarray, head_di
     out = np.zeros((len(table), len(coefficients), head_dim), np.float32)
     out[..., pairs], out[..., pairs + head_dim // 2] = sums[:, :, 0], sums[:, :, 1]
     return out
+
+
+def mean_before_rope(keys: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+    """The mean [heads, head_dim] of keys as before_rope takes them, but for the attention sinks."""
+    return before_rope(keys, cos, sin)[FIRST_TOKEN:].mean(0)
 
 
 def before_rope(keys: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

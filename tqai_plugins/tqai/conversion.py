@@ -15,13 +15,14 @@ from .configurations import head_dim_of
 SHARD = "4GB"
 
 
-def convert(model: str, folder: Path, name: str, dtype=None) -> KVFormat:
+def convert(model: str, folder: Path, name: str, dtype=None, key_means: bool = False) -> KVFormat:
     """Convert a model (see models.load) to a folder for this cache format; the folder appears at once whole.
 
-    dtype: torch.dtype of the weights, bfloat16 if None. Raises ValueError for a model that cannot be
-    compressed, or if the folder is there already.
+    dtype: torch.dtype of the weights, bfloat16 if None. key_means: store the mean key of each layer too. Raises
+    ValueError for a model that cannot be compressed, or if the folder is there already.
     """
     from tqai_plugins.transformers_plugin import Cache
+    from tqai_plugins.transformers_plugin.key_means import learn as learn_key_means
 
     bits_k, bits_v = parse_name(name)
     folder = folder.expanduser()
@@ -36,6 +37,8 @@ def convert(model: str, folder: Path, name: str, dtype=None) -> KVFormat:
         with models._quiet_library(), models._status(f"Writing {folder}"):
             loaded.save_pretrained(made, max_shard_size=SHARD)
             tokenizer.save_pretrained(made)
+            if key_means:
+                converted_folder.write_key_means(made, learn_key_means(loaded, tokenizer))
             models.write_config(made, {converted_folder.ENTRY: converted_folder.entry(fmt)})
             for file in made.iterdir():
                 file.chmod(0o644)

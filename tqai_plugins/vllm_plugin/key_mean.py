@@ -1,8 +1,9 @@
 """Key means of a served model (core/key_mean.py), learned when its weights are there and then fixed:
 --additional-config '{"tqai": {"key_mean": false}}' leaves them out.
 
-The model reads a built-in text once, with exact attention, and each layer's mean key before RoPE is noted. It does not
-depend on requests, and ranks learn what one rank would, so all pages of a server agree.
+The model reads a built-in text once, with exact attention, and each layer's mean key before RoPE is noted, unless a folder of
+`tqai convert --key-means` brings them. They do not depend on requests, and ranks learn what one rank would, so all pages of
+a server agree.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ import time
 
 import numpy as np
 import torch
-from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from tqai_plugins.core import key_mean
+from tqai_plugins.core import converted_folder, key_mean
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, is_tqai
 from tqai_plugins.core.texts import PROSE
 from tqai_plugins.torch_kernels.key_mean import KeyMean
 from tqai_plugins.torch_kernels.paged import dense_attention
 
-from . import metrics
+from . import compat, metrics
 from .options import Options
 
 logger = init_logger("vllm.tqai")
-
-TOKENS = 512  # of the text, or fewer
 
 # While the model reads: keys and values of each layer, by its name.
 _read: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
@@ -74,18 +77,18 @@ def learn(model: torch.nn.Module, config) -> None:
     reason = why_none(config)
     start = time.perf_counter()
     with_rope = {} if reason else _layers(model, config)
-    if with_rope:
-        _run(model, config, _tokens(config))
-    elif reason is None:
+    if not with_rope and reason is None:
         reason = "no layer whose format profits, with RoPE of the common form"
-    number = _assign(with_rope, config)
-    metrics.set_key_means(config, number)
+    stored = _stored_means(with_rope, config)
+    for layer, (means, energy) in (stored or _means_of_text(with_rope, model, config)).items():
+        layer.impl.key_mean = _key_mean(means, energy, with_rope[layer], config)
+    metrics.set_key_means(config, len(with_rope))
     if reason:
         logger.info("tqai: keys are stored without a key mean: %s", reason)
     else:
         logger.info(
-            "tqai: the keys of %d layers are stored less their mean, by %d pairs of RoPE; learned in %.1f s",
-            number, key_mean.MEAN_PAIRS, time.perf_counter() - start,
+            "tqai: the keys of %d layers are stored less their mean, by %d pairs of RoPE; %s in %.1f s", len(with_rope),
+            key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned", time.perf_counter() - start,
         )  # fmt: skip
 
 
@@ -119,32 +122,62 @@ def _tokens(config) -> torch.Tensor:
     """Of the text; pseudo-random ones, which are worth less, where vLLM was told to load no tokenizer."""
     if config.model_config.skip_tokenizer_init:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(config.model_config.get_vocab_size(), (TOKENS,), generator=generator)
-    tokens = torch.tensor(cached_tokenizer_from_config(config.model_config).encode(PROSE)[:TOKENS])
+        return torch.randint(config.model_config.get_vocab_size(), (key_mean.TOKENS,), generator=generator)
+    tokens = torch.tensor(cached_tokenizer_from_config(config.model_config).encode(PROSE)[: key_mean.TOKENS])
     return tokens[: config.model_config.max_model_len]
 
 
-def _run(model: torch.nn.Module, config, tokens: torch.Tensor) -> None:
+def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
+    """Layer -> means [kv_heads, head_dim] of this rank's heads, and the energies of pairs [head_dim / 2] of all heads."""
     global _read
-    device = next(model.parameters()).device
+    if not layers:
+        return {}
+    tokens, device = _tokens(config), next(model.parameters()).device
     _read = {}
-    with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
-        model(input_ids=tokens.to(device), positions=torch.arange(len(tokens), device=device))
-
-
-def _assign(layers: dict, config) -> int:
-    """Make the means of what was read; how many layers have one."""
-    global _read
-    read, _read = _read or {}, None
-    rows = -(-config.model_config.max_model_len // RECENT_PAGE_TOKENS) * RECENT_PAGE_TOKENS
+    try:
+        with torch.inference_mode(), set_forward_context(None, config, num_tokens=len(tokens), skip_compiled=True):
+            model(input_ids=tokens.to(device), positions=torch.arange(len(tokens), device=device))
+        read = _read
+    finally:
+        _read = None
+    found = {}
     for layer, rope in layers.items():
         keys = read[layer.layer_name][0]
-        cos, sin = np.split(rope.cos_sin_cache[:rows].float().cpu().numpy(), 2, 1)
-        before = key_mean.before_rope(keys.cpu().numpy(), cos[: len(keys)], sin[: len(keys)])
-        means = before[key_mean.FIRST_TOKEN :].mean(0)
-        energy = torch.tensor(key_mean.energy(means), dtype=torch.float32, device=keys.device)
-        pairs = key_mean.choose_pairs(tensor_model_parallel_all_reduce(energy).cpu().numpy())
-        table = np.zeros((rows, key_mean.COLUMNS), np.int8)
-        table[: len(cos)] = key_mean.make_table(cos, sin, pairs)
-        layer.impl.key_mean = KeyMean.make(means, pairs, torch.from_numpy(table).to(keys.device), key_mean.unit(cos))
-    return len(layers)
+        means = key_mean.mean_before_rope(keys.cpu().numpy(), *_turns(rope, len(keys)))
+        energy = torch.tensor(key_mean.energy(means), dtype=torch.float32, device=device)
+        found[layer] = means, tensor_model_parallel_all_reduce(energy).cpu().numpy()
+    return found
+
+
+def _stored_means(layers: dict, config) -> dict | None:
+    """The same from a converted folder, None if it has no means; ValueError if they are another model's."""
+    means = converted_folder.read_key_means(config.model_config.model)
+    if means is None:
+        return None
+    found = {}
+    for layer in layers:
+        number = compat.layer_index(layer.layer_name)
+        heads = config.model_config.get_total_num_kv_heads()
+        if number not in means or means[number].shape != (heads, layer.head_size):
+            raise ValueError(
+                f"{converted_folder.KEY_MEANS} of {config.model_config.model} has no means of {heads} heads of {layer.head_size} "
+                f"coordinates for layer {number}; convert the model again"
+            )
+        first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
+        found[layer] = means[number][first : first + layer.num_kv_heads], key_mean.energy(means[number])
+    return found
+
+
+def _turns(rope, positions: int) -> list[np.ndarray]:
+    """cos and sin [<= positions, head_dim / 2]."""
+    return np.split(rope.cos_sin_cache[:positions].float().cpu().numpy(), 2, 1)
+
+
+def _key_mean(means: np.ndarray, energy: np.ndarray, rope, config) -> KeyMean:
+    """With a table for whole tiles of positions."""
+    rows = -(-config.model_config.max_model_len // RECENT_PAGE_TOKENS) * RECENT_PAGE_TOKENS
+    cos, sin = _turns(rope, rows)
+    pairs = key_mean.choose_pairs(energy)
+    table = np.zeros((rows, key_mean.COLUMNS), np.int8)
+    table[: len(cos)] = key_mean.make_table(cos, sin, pairs)
+    return KeyMean.make(means, pairs, torch.from_numpy(table).to(rope.cos_sin_cache.device), key_mean.unit(cos))

@@ -14,6 +14,7 @@ def add_parser(subparsers):
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--format", default="tqai", help="KV cache format (tqai)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of weights (bfloat16)")
+    parser.add_argument("--key-means", action="store_true", help="store each layer's mean key, which vLLM then need not learn")
     parser.add_argument("--no-timing", action="store_true", help="do not load both to compare their times")
     add_json(parser)
     return parser
@@ -28,7 +29,7 @@ def run(args) -> int:
     if Path(args.model).expanduser().resolve() == args.output.expanduser().resolve():
         raise ValueError(f"--output {args.output} is the model itself; give another folder")
     dtype = getattr(torch, args.dtype)
-    fmt = conversion.convert(args.model, args.output, args.format, dtype)
+    fmt = conversion.convert(args.model, args.output, args.format, dtype, args.key_means)
     files = list(args.output.expanduser().iterdir())
     data = {
         "output": str(args.output), "format": fmt.name, "head_dim": fmt.head_dim, "files": len(files),
