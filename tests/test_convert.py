@@ -85,16 +85,22 @@ def test_key_means_are_those_of_the_keys_before_rope(original, tmp_path, capsys)
     model, tokenizer = models.load(str(tmp_path / "c"), torch.float32)  # its sum is checked too
     seen = []
     model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, out: seen.append(out))
+    model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda module, given, out: seen.append(out))
     model(tokenizer(PROSE, return_tensors="pt").input_ids[:, :512])
-    means = converted_folder.read_key_means(tmp_path / "c")
-    assert sorted(means) == [0, 1] and means[1].shape == (1, 32)
-    torch.testing.assert_close(torch.tensor(means[1][0]).float(), seen[0][0, 4:].mean(0), rtol=1e-3, atol=1e-4)
+    layers = converted_folder.read_key_means(tmp_path / "c")
+    queries, keys = sorted((x[0] for x in seen), key=lambda x: -x.shape[-1])
+    assert sorted(layers) == [0, 1] and layers[1].means.shape == (1, 32)
+    torch.testing.assert_close(torch.tensor(layers[1].means[0]).float(), keys[4:].mean(0), rtol=1e-3, atol=1e-4)
+    # Two query heads of 32 coordinates, and scores are divided by the root of 32.
+    assert layers[1].query_energy[0] == pytest.approx(queries.square().sum(-1).mean().item() / 2 / 32**2, rel=1e-3)
 
 
 def test_damaged_key_means_are_refused(tmp_path):
     assert converted_folder.read_key_means(tmp_path) is None
-    for text in ("[]", "{}", '{"version": 2, "layers": {}}', '{"version": 1, "layers": {"0": [1]}}', '{"version": 1, "layers": {"0": [[NaN]]}}',
-                 '{"version": 1, "layers": {"x": [[1]]}}', '{"version": 1, "layers": []}'):  # fmt: skip
+    for text in ("[]", "{}", '{"version": 2, "layers": {}}', '{"version": 1, "layers": []}', '{"version": 1, "layers": {"0": [1]}}',
+                 '{"version": 1, "layers": {"0": {"means": [[NaN]], "query_energy": [1]}}}',
+                 '{"version": 1, "layers": {"0": {"means": [[1]], "query_energy": [1, 2]}}}',
+                 '{"version": 1, "layers": {"x": {"means": [[1]], "query_energy": [1]}}}'):  # fmt: skip
         (tmp_path / converted_folder.KEY_MEANS).write_text(text)
         with pytest.raises(ValueError, match="key_means.json is damaged: .*; convert the model again"):
             converted_folder.read_key_means(tmp_path)

@@ -72,3 +72,16 @@ def test_attention_over_keys_with_a_mean_is_far_closer_with_it():
         out = paged.attention(q, pages, table, length, fmt, page, 0.125, mean=used)
         errors.append(((out - exact).norm() / exact.norm()).item())
     assert errors[1] < 0.5 * errors[0], errors
+
+
+def test_a_mean_pays_where_scores_are_noisier_than_values():
+    means = np.zeros((2, HEAD_DIM))
+    means[:, 3] = 10
+    layer = lambda energy: key_mean.LayerMeans(means, np.array([energy, energy]))
+    pairs = key_mean.choose_pairs(key_mean.energy(means))
+    assert key_mean.kept_energy(layer(0.2), pairs) == pytest.approx(20)
+    pays = lambda k, v, energy: key_mean.pays(KVFormat(k, v, HEAD_DIM), key_mean.kept_energy(layer(energy), pairs))
+    assert key_mean.noise(HEAD_DIM, 4) == pytest.approx(0.0071, rel=0.05) and key_mean.noise(HEAD_DIM, 2) == pytest.approx(0.114, rel=0.05)
+    # 4-bit keys lose 0.14 of variance, which 4-bit values do not hide but 2-bit values do; ten times as much they do not.
+    assert pays(4, 4, 0.2) and not pays(4, 2, 0.2) and pays(4, 2, 2.0)
+    assert pays(3, 3, 0.2) and not pays(4, 4, 0.01) and not key_mean.may_pay(KVFormat(8, 4, HEAD_DIM))

@@ -56,8 +56,9 @@ def test_three_tensor_parallel_ranks_answer_as_one(smol, tmp_path):
         options = ["--kv-cache-dtype", "tqai_k3v3", *OPTIONS[2:], "--max-model-len", 512, "--max-num-seqs", 4]
         memory = ["--kv-cache-memory-bytes", 100 * BLOCK * TOKEN_BYTES // ranks, "--tensor-parallel-size", ranks]
         with serve(smol, tmp_path / f"{ranks}.log", *options, *memory) as server:
-            assert server.log.count(f"the keys of {LAYERS} layers are stored less their mean, by 16 pairs") == ranks
-            assert server.metric("tqai_key_mean_layers", rank="0") == LAYERS and server.tokens == 100 * BLOCK
+            # The first layer's keys make little noise.
+            assert server.log.count(f"the keys of {LAYERS - 1} of {LAYERS} layers are stored less their mean, by 16 pairs") == ranks
+            assert server.metric("tqai_key_mean_layers", rank="0") == LAYERS - 1 and server.tokens == 100 * BLOCK
             answers[ranks] = [server.complete(prompt, 16) for prompt in COUNTS[:6]]
     assert answers[3] == answers[1]
 
@@ -70,7 +71,7 @@ def test_a_converted_folder_brings_its_format_and_key_means(smol, tmp_path):
     options = [*OPTIONS[2:], "--max-model-len", 512, "--max-num-seqs", 4, "--kv-cache-memory-bytes", 100 * BLOCK * TOKEN_BYTES]
     with serve(tmp_path / "folder", tmp_path / "log", *options) as server:
         assert "was converted for tqai_k3v3" in server.log
-        assert re.search(f"the keys of {LAYERS} layers are stored less their mean, .*; read from the folder in", server.log)
+        assert re.search(f"the keys of {LAYERS - 1} of {LAYERS} layers are stored less their mean, .*; read from the folder in", server.log)
         assert server.complete(COUNTS[0], 12).startswith(" 7, 8, 9")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from . import json_file
 from .codebook import Codebook, shipped, use
+from .key_mean import LayerMeans
 from .kv_format import FORMAT_VERSION, KVFormat
 from .rotation import Rotation
 
@@ -73,13 +74,17 @@ def folder_format(folder: str | Path) -> str:
     return format_of(given, str(config))
 
 
-def write_key_means(folder: Path, means: dict[int, np.ndarray]) -> None:
-    """means: layer -> float [kv_heads, head_dim], before RoPE."""
-    data = {"version": FOLDER_VERSION, "layers": {str(layer): np.round(mean, 6).tolist() for layer, mean in means.items()}}
-    (folder / KEY_MEANS).write_text(json.dumps(data) + "\n")
+def write_key_means(folder: Path, layers: dict[int, LayerMeans]) -> None:
+    """For servers; layers by number."""
+    numbers = lambda x: [float(f"{value:.6g}") for value in x]
+    held = {
+        str(n): {"means": [numbers(mean) for mean in layer.means], "query_energy": numbers(layer.query_energy)}
+        for n, layer in layers.items()
+    }
+    (folder / KEY_MEANS).write_text(json.dumps({"version": FOLDER_VERSION, "layers": held}) + "\n")
 
 
-def read_key_means(folder: str | Path) -> dict[int, np.ndarray] | None:
+def read_key_means(folder: str | Path) -> dict[int, LayerMeans] | None:
     """What write_key_means wrote, None if the folder has none; ValueError if it is damaged."""
     path = Path(folder) / KEY_MEANS
     if not path.is_file():
@@ -88,12 +93,18 @@ def read_key_means(folder: str | Path) -> dict[int, np.ndarray] | None:
         data = json_file.read(path, LARGEST_KEY_MEANS)
         if data["version"] != FOLDER_VERSION:
             raise ValueError(f"its version is {data['version']!r}, this tqai reads {FOLDER_VERSION}")
-        means = {int(layer): np.array(mean, np.float64) for layer, mean in data["layers"].items()}
-        if any(mean.ndim != 2 or not np.isfinite(mean).all() for mean in means.values()):
-            raise ValueError("a mean is no table of numbers")
+        return {int(n): _layer_means(held) for n, held in data["layers"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {error}; convert the model again") from error
-    return means
+
+
+def _layer_means(held: dict) -> LayerMeans:
+    layer = LayerMeans(np.array(held["means"], np.float64), np.array(held["query_energy"], np.float64))
+    if layer.means.ndim != 2 or layer.query_energy.shape != layer.means.shape[:1]:
+        raise ValueError("a layer has other than a mean and an energy for each head")
+    if not all(np.isfinite(x).all() for x in (layer.means, layer.query_energy)):
+        raise ValueError("it holds what is no number")
+    return layer
 
 
 def write_manifest(folder: Path, made_from: str) -> None:

@@ -11,21 +11,59 @@ The table is of whole numbers; since the same table is used to write and to read
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import numpy as np
 
+from . import reference
+from .codebook import Codebook
 from .kv_format import KVFormat
+from .rotation import Rotation
 
 MEAN_PAIRS = 16
 COLUMNS = 2 * MEAN_PAIRS  # of the table: cosines, then sines
 TOKENS = 512  # of core.texts.PROSE, over which a mean is taken; fewer where the model reads no more
 FIRST_TOKEN = 4  # earlier keys are attention sinks, unlike the others: they are stored whole
 TABLE_TOP = 127
+# A mean costs time to read. It pays where it takes more from the variance of scores than LEAST_GAIN, and more than
+# VALUES_SHARE of the values' relative squared error, which attention's output has in any case.
+LEAST_GAIN = 0.02
+VALUES_SHARE = 2.0
 
 
-def profits(fmt: KVFormat) -> bool:
-    """Whether keys make enough of a format's error that a mean, which costs time to read, is worth it: with values
-    two bits narrower than keys, as in K4V2, it changes nothing that can be measured."""
-    return fmt.bits_k < 8 and fmt.bits_k - fmt.bits_v < 2
+@dataclass(frozen=True)
+class LayerMeans:
+    """Of the KV heads of a layer: means float [heads, head_dim] of keys before RoPE, and query_energy float [heads], the
+    mean of softmax_scale^2 |q|^2 / head_dim over their queries: the variance of a score whose key is off by noise of energy 1."""
+
+    means: np.ndarray
+    query_energy: np.ndarray
+
+
+@functools.lru_cache(None)
+def noise(head_dim: int, bits: int) -> float:
+    """Relative squared error of codes of random vectors."""
+    x = np.random.default_rng(0).standard_normal((256, head_dim)).astype(np.float32)
+    codes = reference.quantize(x, bits)
+    error = reference.dequantize_rotated(*codes, bits, Codebook.lloyd_max(head_dim, bits)) - reference.rotate(x, Rotation(head_dim))
+    return float((error**2).sum() / (x**2).sum())
+
+
+def may_pay(fmt: KVFormat) -> bool:
+    """Whether a mean can pay in any layer: at 8 bits keys are exact enough."""
+    return fmt.bits_k < 8
+
+
+def pays(fmt: KVFormat, kept: float) -> bool:
+    """Whether it pays in a layer; kept: kept_energy over all of its heads."""
+    return kept * noise(fmt.head_dim, fmt.bits_k) > max(LEAST_GAIN, VALUES_SHARE * noise(fmt.head_dim, fmt.bits_v))
+
+
+def kept_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
+    """What the variance of scores, per unit of the codes' relative squared error, loses with the mean of these pairs."""
+    a, b = np.split(layer.means, 2, -1)
+    return float(((a * a + b * b)[:, pairs].sum(-1) * layer.query_energy).mean())
 
 
 def energy(means: np.ndarray) -> np.ndarray:

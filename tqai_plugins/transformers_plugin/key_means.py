@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from transformers import DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tqai_plugins.core import key_mean
+from tqai_plugins.core.key_mean import LayerMeans
 from tqai_plugins.core.texts import PROSE
+
+NAME = "tqai_key_means"
 
 
 @torch.no_grad()
-def learn(model, tokenizer) -> dict[int, np.ndarray]:
-    """layer -> float [kv_heads, head_dim], before RoPE, while the model reads a built-in text. ValueError for a model
-    whose RoPE does not turn all pairs (i, i + head_dim / 2) by one position."""
+def learn(model, tokenizer) -> dict[int, LayerMeans]:
+    """Layer -> its means, while the model reads a built-in text. ValueError for a model whose RoPE does not turn all
+    pairs (i, i + head_dim / 2) by one position."""
     tokens = tokenizer(PROSE, return_tensors="pt").input_ids[:, : key_mean.TOKENS].to(model.device)
-    cache = DynamicCache()
-    model(tokens, past_key_values=cache, use_cache=True)
     positions = torch.arange(tokens.shape[1], device=model.device)[None]
-    means = {}
-    for number, layer in enumerate(cache.layers):
-        keys = layer.keys[0].transpose(0, 1).float()
-        cos, sin = (x.cpu().numpy() for x in _half_turns(model, number, keys, positions))
-        means[number] = key_mean.mean_before_rope(keys.cpu().numpy(), cos, sin)
-    return means
+    found: dict[int, LayerMeans] = {}
+
+    def attention(module, query, key, value, *args, scaling=None, **kwargs):
+        keys = key[0].transpose(0, 1).float()
+        cos, sin = (x.cpu().numpy() for x in _half_turns(model, module.layer_idx, keys, positions))
+        means = key_mean.mean_before_rope(keys.cpu().numpy(), cos, sin)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        energy = query[0].float().square().sum(-1).mean(-1) * (scale**2 / query.shape[-1])
+        found[module.layer_idx] = LayerMeans(means, energy.view(key.shape[1], -1).mean(1).cpu().numpy())
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, scaling=scaling, **kwargs)
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    before = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        model(tokens, use_cache=False)
+    finally:
+        model.set_attn_implementation(before)
+    return found
 
 
 def _half_turns(model, layer: int, keys: torch.Tensor, positions: torch.Tensor) -> list[torch.Tensor]:

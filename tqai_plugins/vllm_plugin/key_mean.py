@@ -33,8 +33,8 @@ from .options import Options
 
 logger = init_logger("vllm.tqai")
 
-# While the model reads: keys and values of each layer, by its name.
-_read: dict[str, tuple[torch.Tensor, torch.Tensor]] | None = None
+# While the model reads: keys, values and query energies (LayerMeans) of each layer, by its name.
+_read: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
 
 def read(impl, layer, query, key, value, output):
@@ -43,8 +43,10 @@ def read(impl, layer, query, key, value, output):
         return output.fill_(0)
     if impl.kv_sharing_target_layer_name is None:
         shape = (-1, impl.num_kv_heads, impl.head_size)
-        _read[layer.layer_name] = key.view(shape).float(), value.view(shape).float()
-    k, v = _read[impl.kv_sharing_target_layer_name or layer.layer_name]
+        energy = query.view(-1, impl.num_kv_heads, impl.num_heads // impl.num_kv_heads, impl.head_size).float().square()
+        energy = energy.sum(-1).mean((0, 2)) * (impl.scale**2 / impl.head_size)
+        _read[layer.layer_name] = key.view(shape).float(), value.view(shape).float(), energy
+    k, v, _ = _read[impl.kv_sharing_target_layer_name or layer.layer_name]
     shape = (-1, impl.num_heads, impl.head_size)
     out = dense_attention(
         query.view(shape).float(), k, v, impl.scale, sliding_window=impl.window, soft_cap=impl.soft_cap, sinks=impl.sinks
@@ -73,22 +75,26 @@ def why_none(config) -> str | None:
 
 
 def learn(model: torch.nn.Module, config) -> None:
-    """Give every compressed layer of `model` its key mean, if it can have one; say in the log what was done."""
+    """Give the compressed layers of `model` a key mean where it pays; say in the log what was done."""
     reason = why_none(config)
     start = time.perf_counter()
     with_rope = {} if reason else _layers(model, config)
     if not with_rope and reason is None:
-        reason = "no layer whose format profits, with RoPE of the common form"
+        reason = "no layer with keys below 8 bits and RoPE of the common form"
     stored = _stored_means(with_rope, config)
-    for layer, (means, energy) in (stored or _means_of_text(with_rope, model, config)).items():
-        layer.impl.key_mean = _key_mean(means, energy, with_rope[layer], config)
-    metrics.set_key_means(config, len(with_rope))
+    number = 0
+    for layer, (means, pairs, kept) in (stored or _means_of_text(with_rope, model, config)).items():
+        if key_mean.pays(layer.impl.fmt, kept):
+            layer.impl.key_mean = _key_mean(means, pairs, with_rope[layer], config)
+            number += 1
+    metrics.set_key_means(config, number)
     if reason:
         logger.info("tqai: keys are stored without a key mean: %s", reason)
     else:
         logger.info(
-            "tqai: the keys of %d layers are stored less their mean, by %d pairs of RoPE; %s in %.1f s", len(with_rope),
-            key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned", time.perf_counter() - start,
+            "tqai: the keys of %d of %d layers are stored less their mean, by %d pairs of RoPE, where it pays; %s in %.1f s",
+            number, len(with_rope), key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned",
+            time.perf_counter() - start,
         )  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def _layers(model: torch.nn.Module, config) -> dict:
             impl = getattr(layer, "impl", None)
             if impl is None or impl.kv_sharing_target_layer_name is not None:
                 continue
-            if key_mean.profits(impl.fmt) and _is_plain(rope, layer.head_size, config.model_config.max_model_len):
+            if key_mean.may_pay(impl.fmt) and _is_plain(rope, layer.head_size, config.model_config.max_model_len):
                 found[layer] = rope
     return found
 
@@ -128,7 +134,7 @@ def _tokens(config) -> torch.Tensor:
 
 
 def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
-    """Layer -> means [kv_heads, head_dim] of this rank's heads, and the energies of pairs [head_dim / 2] of all heads."""
+    """Layer -> the means [kv_heads, head_dim] of this rank's heads, and of all ranks' the pairs and their kept_energy."""
     global _read
     if not layers:
         return {}
@@ -142,29 +148,36 @@ def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
         _read = None
     found = {}
     for layer, rope in layers.items():
-        keys = read[layer.layer_name][0]
-        means = key_mean.mean_before_rope(keys.cpu().numpy(), *_turns(rope, len(keys)))
-        energy = torch.tensor(key_mean.energy(means), dtype=torch.float32, device=device)
-        found[layer] = means, tensor_model_parallel_all_reduce(energy).cpu().numpy()
+        keys, _, query_energy = (x.cpu().numpy() for x in read[layer.layer_name])
+        mine = key_mean.LayerMeans(key_mean.mean_before_rope(keys, *_turns(rope, len(keys))), query_energy)
+        pairs = key_mean.choose_pairs(_sum_of_ranks(key_mean.energy(mine.means), device))
+        kept = _sum_of_ranks(np.array([key_mean.kept_energy(mine, pairs)]), device)[0]
+        found[layer] = mine.means, pairs, kept / get_tensor_model_parallel_world_size()
     return found
+
+
+def _sum_of_ranks(x: np.ndarray, device) -> np.ndarray:
+    return tensor_model_parallel_all_reduce(torch.tensor(x, dtype=torch.float32, device=device)).cpu().numpy()
 
 
 def _stored_means(layers: dict, config) -> dict | None:
     """The same from a converted folder, None if it has no means; ValueError if they are another model's."""
-    means = converted_folder.read_key_means(config.model_config.model)
-    if means is None:
+    held = converted_folder.read_key_means(config.model_config.model)
+    if held is None:
         return None
     found = {}
     for layer in layers:
         number = compat.layer_index(layer.layer_name)
         heads = config.model_config.get_total_num_kv_heads()
-        if number not in means or means[number].shape != (heads, layer.head_size):
+        if number not in held or held[number].means.shape != (heads, layer.head_size):
             raise ValueError(
                 f"{converted_folder.KEY_MEANS} of {config.model_config.model} has no means of {heads} heads of {layer.head_size} "
                 f"coordinates for layer {number}; convert the model again"
             )
         first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
-        found[layer] = means[number][first : first + layer.num_kv_heads], key_mean.energy(means[number])
+        pairs = key_mean.choose_pairs(key_mean.energy(held[number].means))
+        mine = held[number].means[first : first + layer.num_kv_heads]
+        found[layer] = mine, pairs, key_mean.kept_energy(held[number], pairs)
     return found
 
 
@@ -173,11 +186,10 @@ def _turns(rope, positions: int) -> list[np.ndarray]:
     return np.split(rope.cos_sin_cache[:positions].float().cpu().numpy(), 2, 1)
 
 
-def _key_mean(means: np.ndarray, energy: np.ndarray, rope, config) -> KeyMean:
+def _key_mean(means: np.ndarray, pairs: np.ndarray, rope, config) -> KeyMean:
     """With a table for whole tiles of positions."""
     rows = -(-config.model_config.max_model_len // RECENT_PAGE_TOKENS) * RECENT_PAGE_TOKENS
     cos, sin = _turns(rope, rows)
-    pairs = key_mean.choose_pairs(energy)
     table = np.zeros((rows, key_mean.COLUMNS), np.int8)
     table[: len(cos)] = key_mean.make_table(cos, sin, pairs)
     return KeyMean.make(means, pairs, torch.from_numpy(table).to(rope.cos_sin_cache.device), key_mean.unit(cos))

@@ -127,7 +127,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     recent = RecentPages(copies, copy_table[:, 1] * page + (context - 1) % page, copy_table)
     out = torch.full_like(query, torch.nan)
 
-    mean = _key_mean(args, blocks * page, device) if key_mean.profits(fmt) else None
+    mean = _key_mean(args, blocks * page, device) if key_mean.may_pay(fmt) else None
     positions = lengths - 1
 
     def step(recent=None, mean=None):
@@ -143,7 +143,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     moved = sequences * context * args.kv_heads * fmt.slot_bytes
     return {
         "name": fmt.name, "sequences": sequences, "context": context, "us": kernel, "step_us": _time(step),
-        "step_recent_us": _time(lambda: step(recent)), "step_served_us": _time(lambda: step(recent, mean)), "gb_s": moved / kernel / 1e3,
+        "step_recent_us": _time(lambda: step(recent)), "step_mean_us": _time(lambda: step(recent, mean)), "gb_s": moved / kernel / 1e3,
         "share_of_copy": moved / kernel / 1e3 / copy, "error": error,
     }
 
@@ -261,7 +261,7 @@ def show(data: dict) -> None:
         ratio = [flash.get((kind, *at)) for kind in ("bf16", "fp8")]
         table.add_row(
             f"{at[0]} x {at[1]}", r["name"], number(r["us"], ".1f"), number(r.get("share_of_copy"), ".0%"),
-            number(r.get("error"), ".1e"), *(number(r.get(key), ".1f") for key in ("step_us", "step_recent_us", "step_served_us")),
+            number(r.get("error"), ".1e"), *(number(r.get(key), ".1f") for key in ("step_us", "step_recent_us", "step_mean_us")),
             *(number(f / r["us"] if f and r["us"] else None, ".2f") for f in ratio),
         )
     Console(width=140).print(table)
@@ -281,7 +281,7 @@ def plot(data: dict, path: str) -> None:
         rows = {r["name"]: r for r in data["rows"] if (r["sequences"], r["context"]) == shape}
         for i, name in enumerate(names):
             row = rows.get(name, {})
-            time = row.get("step_served_us") or row.get("step_recent_us") or row.get("step_us") or row.get("us")
+            time = row.get("step_mean_us") or row.get("step_recent_us") or row.get("step_us") or row.get("us")
             bar = ax.bar(i, time or 0, color=f"C{i}", label=name)
             ax.bar_label(bar, [f"{time:.0f}" if time else "-"], fontsize=7)
         ax.set_xticks([])
@@ -290,6 +290,6 @@ def plot(data: dict, path: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("us a layer and step")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}; tqai: all launches of a step", fontsize=10)
+    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}; tqai: all launches of a step, with copies and key mean", fontsize=10)
     fig.savefig(path, dpi=150)
     plt.close(fig)
