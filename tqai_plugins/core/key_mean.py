@@ -4,7 +4,7 @@ A head's keys, before they are turned by RoPE, scatter around a mean mu that is 
 position p it lies at R_p mu, which is known, so codes need to hold k - R_p mu only: that is worth one bit and
 more (the design's quality.md, section 13). Reading adds q . R_p mu to the score: a sum over the pairs of
 coordinates that RoPE turns, each with a cosine and a sine of the position. A few pairs hold most of the mean;
-those of largest energy are kept, the same for all heads of a RoPE, so that one small table serves all.
+those of largest energy are kept, the same for all heads of a layer, so that one small table serves them.
 
 The table is of whole numbers; since the same table is used to write and to read, that costs nothing.
 """
@@ -67,7 +67,7 @@ def kept_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
 
 
 def energy(means: np.ndarray) -> np.ndarray:
-    """Of each pair [head_dim / 2], the sum over heads of its share in a head's mean [heads, head_dim]."""
+    """Of each pair [head_dim / 2], the sum over heads of its share in a head's mean [heads, head_dim], squared."""
     a, b = np.split(means.astype(np.float64), 2, -1)
     square = a * a + b * b
     return (square / np.maximum(square.sum(-1, keepdims=True), 1e-30)).sum(0)

@@ -14,7 +14,7 @@ from tqai_plugins.core.key_mean import COLUMNS, MEAN_PAIRS
 @dataclass(frozen=True)
 class KeyMean:
     """table int8 [positions, COLUMNS] and coordinates int32 [2, MEAN_PAIRS] (both coordinates of each pair), shared by
-    the layers of one RoPE; coefficients float32 [kv_heads, 2, COLUMNS]. place int32 [head_dim]: where among a head's
+    the heads of a layer; coefficients float32 [kv_heads, 2, COLUMNS]. place int32 [head_dim]: where among a head's
     coefficients a coordinate's cosine is, -1 for coordinates without a mean."""
 
     table: torch.Tensor

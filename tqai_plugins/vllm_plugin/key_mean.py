@@ -63,6 +63,7 @@ def why_none(config) -> str | None:
     for so, reason in (
         (not Options.of(config).key_mean, "key_mean is false"),
         (bool(foreign), "layers without a compressed cache"),
+        (model.max_model_len < RECENT_PAGE_TOKENS, f"sequences of fewer than {RECENT_PAGE_TOKENS} tokens"),
         (parallel.pipeline_parallel_size > 1, "pipeline parallel"),
         (parallel.data_parallel_size > 1, "data parallel"),
         (config.kv_transfer_config is not None, "a KV connector may bring pages of another process"),
@@ -99,7 +100,7 @@ def learn(model: torch.nn.Module, config) -> None:
 
 
 def _layers(model: torch.nn.Module, config) -> dict:
-    """Attention layer -> its RoPE, of those that profit and whose RoPE is of the form that core.key_mean knows."""
+    """Attention layer -> its RoPE, of those that may profit and whose RoPE is of the form that core.key_mean knows."""
     found = {}
     for module in model.modules():
         rope = getattr(module, "rotary_emb", None)
