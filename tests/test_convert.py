@@ -18,7 +18,7 @@ import tqai
 from tqai import conversion, models
 from tqai.cli import main
 
-from tqai_plugins.core import converted_folder
+from tqai_plugins.core import converted_folder, key_mean_file
 
 PROMPT = "The lighthouse was built by a woman who had never seen the sea. " * 3
 
@@ -87,7 +87,7 @@ def test_key_means_are_those_of_the_keys_before_rope(original, tmp_path, capsys)
     model.model.layers[1].self_attn.k_proj.register_forward_hook(lambda module, given, out: seen.append(out))
     model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda module, given, out: seen.append(out))
     model(tokenizer(PROSE, return_tensors="pt").input_ids[:, :512])
-    layers = converted_folder.read_key_means(tmp_path / "c")
+    layers = key_mean_file.read(tmp_path / "c")
     queries, keys = sorted((x[0] for x in seen), key=lambda x: -x.shape[-1])
     assert sorted(layers) == [0, 1] and layers[1].means.shape == (1, 32)
     torch.testing.assert_close(torch.tensor(layers[1].means[0]).float(), keys[4:].mean(0), rtol=1e-3, atol=1e-4)
@@ -96,14 +96,14 @@ def test_key_means_are_those_of_the_keys_before_rope(original, tmp_path, capsys)
 
 
 def test_damaged_key_means_are_refused(tmp_path):
-    assert converted_folder.read_key_means(tmp_path) is None
+    assert key_mean_file.read(tmp_path) is None
     for text in ("[]", "{}", '{"version": 2, "layers": {}}', '{"version": 1, "layers": []}', '{"version": 1, "layers": {"0": [1]}}',
                  '{"version": 1, "layers": {"0": {"means": [[NaN]], "query_energy": [1]}}}',
                  '{"version": 1, "layers": {"0": {"means": [[1]], "query_energy": [1, 2]}}}',
                  '{"version": 1, "layers": {"x": {"means": [[1]], "query_energy": [1]}}}'):  # fmt: skip
-        (tmp_path / converted_folder.KEY_MEANS).write_text(text)
+        (tmp_path / key_mean_file.NAME).write_text(text)
         with pytest.raises(ValueError, match="key_means.json is damaged: .*; convert the model again"):
-            converted_folder.read_key_means(tmp_path)
+            key_mean_file.read(tmp_path)
 
 
 def test_refused_before_anything_is_written(original, tmp_path, capsys):

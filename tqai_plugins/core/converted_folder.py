@@ -2,7 +2,7 @@
 
 `config.json` has one entry, "tqai": the format, its version, the rotation and the codebooks. Every runtime hands it on with
 the model's configuration. `tqai.json` lists all files with their sizes and SHA-256 sums. `key_means.json`, if there is one,
-holds the mean key of each layer (core/key_mean.py), which servers then need not learn.
+holds the mean key of each layer (key_mean_file.py), which servers then need not learn.
 """
 
 from __future__ import annotations
@@ -11,18 +11,13 @@ import hashlib
 import json
 from pathlib import Path
 
-import numpy as np
-
 from . import json_file
 from .codebook import Codebook, shipped, use
-from .key_mean import LayerMeans
 from .kv_format import FORMAT_VERSION, KVFormat
 from .rotation import Rotation
 
 ENTRY = "tqai"
 MANIFEST = "tqai.json"
-KEY_MEANS = "key_means.json"
-LARGEST_KEY_MEANS = 1 << 26  # bytes; of Llama-3.1-405B they would have some 3 million
 FOLDER_VERSION = 1
 LONGEST_NAME = 200
 
@@ -72,39 +67,6 @@ def folder_format(folder: str | Path) -> str:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{folder} is no folder of `tqai convert`: its config.json has no entry {ENTRY!r}") from error
     return format_of(given, str(config))
-
-
-def write_key_means(folder: Path, layers: dict[int, LayerMeans]) -> None:
-    """For servers; layers by number."""
-    numbers = lambda x: [float(f"{value:.6g}") for value in x]
-    held = {
-        str(n): {"means": [numbers(mean) for mean in layer.means], "query_energy": numbers(layer.query_energy)}
-        for n, layer in layers.items()
-    }
-    (folder / KEY_MEANS).write_text(json.dumps({"version": FOLDER_VERSION, "layers": held}) + "\n")
-
-
-def read_key_means(folder: str | Path) -> dict[int, LayerMeans] | None:
-    """What write_key_means wrote, None if the folder has none; ValueError if it is damaged."""
-    path = Path(folder) / KEY_MEANS
-    if not path.is_file():
-        return None
-    try:
-        data = json_file.read(path, LARGEST_KEY_MEANS)
-        if data["version"] != FOLDER_VERSION:
-            raise ValueError(f"its version is {data['version']!r}, this tqai reads {FOLDER_VERSION}")
-        return {int(n): _layer_means(held) for n, held in data["layers"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; convert the model again") from error
-
-
-def _layer_means(held: dict) -> LayerMeans:
-    layer = LayerMeans(np.array(held["means"], np.float64), np.array(held["query_energy"], np.float64))
-    if layer.means.ndim != 2 or layer.query_energy.shape != layer.means.shape[:1]:
-        raise ValueError("a layer has other than a mean and an energy for each head")
-    if not all(np.isfinite(x).all() for x in (layer.means, layer.query_energy)):
-        raise ValueError("it holds what is no number")
-    return layer
 
 
 def write_manifest(folder: Path, made_from: str) -> None:

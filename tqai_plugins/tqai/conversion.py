@@ -21,6 +21,7 @@ def convert(model: str, folder: Path, name: str, dtype=None, key_means: bool = F
     dtype: torch.dtype of the weights, bfloat16 if None. key_means: store the mean key of each layer too. Raises
     ValueError for a model that cannot be compressed, or if the folder is there already.
     """
+    from tqai_plugins.core import key_mean_file
     from tqai_plugins.transformers_plugin import Cache
     from tqai_plugins.transformers_plugin.key_means import learn as learn_key_means
 
@@ -38,7 +39,7 @@ def convert(model: str, folder: Path, name: str, dtype=None, key_means: bool = F
             loaded.save_pretrained(made, max_shard_size=SHARD)
             tokenizer.save_pretrained(made)
             if key_means:
-                converted_folder.write_key_means(made, learn_key_means(loaded, tokenizer))
+                key_mean_file.write(made, learn_key_means(loaded, tokenizer))
             models.write_config(made, {converted_folder.ENTRY: converted_folder.entry(fmt)})
             for file in made.iterdir():
                 file.chmod(0o644)

@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.tokenizers import cached_tokenizer_from_config
 
-from tqai_plugins.core import converted_folder, key_mean
+from tqai_plugins.core import key_mean, key_mean_file
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, is_tqai
 from tqai_plugins.core.texts import PROSE
 from tqai_plugins.torch_kernels.key_mean import KeyMean
@@ -163,7 +163,7 @@ def _sum_of_ranks(x: np.ndarray, device) -> np.ndarray:
 
 def _stored_means(layers: dict, config) -> dict | None:
     """The same from a converted folder, None if it has no means; ValueError if they are another model's."""
-    held = converted_folder.read_key_means(config.model_config.model)
+    held = key_mean_file.read(config.model_config.model)
     if held is None:
         return None
     found = {}
@@ -172,7 +172,7 @@ def _stored_means(layers: dict, config) -> dict | None:
         heads = config.model_config.get_total_num_kv_heads()
         if number not in held or held[number].means.shape != (heads, layer.head_size):
             raise ValueError(
-                f"{converted_folder.KEY_MEANS} of {config.model_config.model} has no means of {heads} heads of {layer.head_size} "
+                f"{key_mean_file.NAME} of {config.model_config.model} has no means of {heads} heads of {layer.head_size} "
                 f"coordinates for layer {number}; convert the model again"
             )
         first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
