@@ -41,6 +41,12 @@ class LayerMeans:
     query_energy: np.ndarray
 
 
+def query_energy(queries: np.ndarray, kv_heads: int, softmax_scale: float) -> np.ndarray:
+    """LayerMeans.query_energy of queries [tokens, q_heads, head_dim]."""
+    squares = (queries.reshape(len(queries), kv_heads, -1, queries.shape[-1]) ** 2).sum(-1)
+    return squares.mean((0, 2)) * (softmax_scale**2 / queries.shape[-1])
+
+
 @functools.lru_cache(None)
 def noise(head_dim: int, bits: int) -> float:
     """Relative squared error of codes of random vectors."""

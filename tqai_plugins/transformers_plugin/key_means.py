@@ -27,8 +27,8 @@ def learn(model, tokenizer) -> dict[int, LayerMeans]:
         cos, sin = (x.cpu().numpy() for x in _half_turns(model, module.layer_idx, keys, positions))
         means = key_mean.mean_before_rope(keys.cpu().numpy(), cos, sin)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        energy = query[0].float().square().sum(-1).mean(-1) * (scale**2 / query.shape[-1])
-        found[module.layer_idx] = LayerMeans(means, energy.view(key.shape[1], -1).mean(1).cpu().numpy())
+        queries = query[0].transpose(0, 1).float().cpu().numpy()
+        found[module.layer_idx] = LayerMeans(means, key_mean.query_energy(queries, key.shape[1], scale))
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, scaling=scaling, **kwargs)
 
     AttentionInterface.register(NAME, attention)

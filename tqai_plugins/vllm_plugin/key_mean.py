@@ -34,24 +34,22 @@ from .options import Options
 logger = init_logger("vllm.tqai")
 
 # While the model reads: keys, values and query energies (LayerMeans) of each layer, by its name.
-_read: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+_read: dict[str, tuple[torch.Tensor, torch.Tensor, np.ndarray]] | None = None
 
 
 def read(impl, layer, query, key, value, output):
     """A layer's attention without a cache: exact while the model reads, else, in vLLM's profiling run, zeros."""
     if _read is None:
         return output.fill_(0)
+    query = query.view(-1, impl.num_heads, impl.head_size).float()
     if impl.kv_sharing_target_layer_name is None:
-        shape = (-1, impl.num_kv_heads, impl.head_size)
-        energy = query.view(-1, impl.num_kv_heads, impl.num_heads // impl.num_kv_heads, impl.head_size).float().square()
-        energy = energy.sum(-1).mean((0, 2)) * (impl.scale**2 / impl.head_size)
-        _read[layer.layer_name] = key.view(shape).float(), value.view(shape).float(), energy
+        k, v = (x.view(-1, impl.num_kv_heads, impl.head_size).float() for x in (key, value))
+        _read[layer.layer_name] = k, v, key_mean.query_energy(query.cpu().numpy(), impl.num_kv_heads, impl.scale)
     k, v, _ = _read[impl.kv_sharing_target_layer_name or layer.layer_name]
-    shape = (-1, impl.num_heads, impl.head_size)
     out = dense_attention(
-        query.view(shape).float(), k, v, impl.scale, sliding_window=impl.window, soft_cap=impl.soft_cap, sinks=impl.sinks
+        query, k, v, impl.scale, sliding_window=impl.window, soft_cap=impl.soft_cap, sinks=impl.sinks
     )
-    output.view(shape).copy_(out)
+    output.view(out.shape).copy_(out)
     return output
 
 
@@ -129,9 +127,10 @@ def _tokens(config) -> torch.Tensor:
     """Of the text; pseudo-random ones, which are worth less, where vLLM was told to load no tokenizer."""
     if config.model_config.skip_tokenizer_init:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(config.model_config.get_vocab_size(), (key_mean.TOKENS,), generator=generator)
-    tokens = torch.tensor(cached_tokenizer_from_config(config.model_config).encode(PROSE)[: key_mean.TOKENS])
-    return tokens[: config.model_config.max_model_len]
+        tokens = torch.randint(config.model_config.get_vocab_size(), (key_mean.TOKENS,), generator=generator)
+    else:
+        tokens = torch.tensor(cached_tokenizer_from_config(config.model_config).encode(PROSE))
+    return tokens[: min(key_mean.TOKENS, config.model_config.max_model_len)]
 
 
 def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
@@ -149,8 +148,9 @@ def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
         _read = None
     found = {}
     for layer, rope in layers.items():
-        keys, _, query_energy = (x.cpu().numpy() for x in read[layer.layer_name])
-        mine = key_mean.LayerMeans(key_mean.mean_before_rope(keys, *_turns(rope, len(keys))), query_energy)
+        keys, _, query_energy = read[layer.layer_name]
+        means = key_mean.mean_before_rope(keys.cpu().numpy(), *_turns(rope, len(keys)))
+        mine = key_mean.LayerMeans(means, query_energy)
         pairs = key_mean.choose_pairs(_sum_of_ranks(key_mean.energy(mine.means), device))
         kept = _sum_of_ranks(np.array([key_mean.kept_energy(mine, pairs)]), device)[0]
         found[layer] = mine.means, pairs, kept / get_tensor_model_parallel_world_size()
