@@ -7,13 +7,12 @@ about so many new ones. Hypothesis shrinks a failure and prints how to run it ag
 import copy
 import dataclasses
 import io
-import os
 
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -23,22 +22,16 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from operations import sized
 
 from tqai_plugins.core.kv_format import KVFormat
 from tqai_plugins.torch_kernels import codec, paged
 from tqai_plugins.transformers_plugin import Cache
 from tqai_plugins.transformers_plugin.vector_store import BLOCK
 
-MORE = int(os.environ.get("TQAI_OPERATIONS", "0"))
 STEPS = 40  # operations of one sequence, at most
 HEADS, HEAD_DIM = 2, 16
 MOST_ROWS, MOST_CACHES = 4, 3
-
-
-def sized(share: float, examples: int, **more):
-    """Settings for so many examples, or for this share of MORE operations."""
-    more |= {"deadline": None, "print_blob": True, "suppress_health_check": list(HealthCheck), "database": None}
-    return settings(max_examples=int(MORE * share) if MORE else examples, derandomize=not MORE, **more)
 
 
 @dataclasses.dataclass

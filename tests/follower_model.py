@@ -1,0 +1,108 @@
+"""A Llama whose answers are known: it says which word followed the last one when that stood in the prompt, and goes on so.
+
+Layer 0 finds the token before each by RoPE's fast pairs, layer 1 the place where the last word was that token, by the
+slow ones (an induction head, written by hand; no layer has an MLP). Each answered word needs one exact place of the
+cache, wherever it lies, so that a wrong page, slot, length or head shows; and it wins by so much that what a format, a
+chunk or a batch of another size rounds does not.
+
+Each word has two spellings, `w7` and `W7`; the model takes them for the same and answers in small letters. So a
+speculator that copies the prompt is right about half of the time.
+"""
+
+import json
+import random
+from pathlib import Path
+
+WORDS, LAYERS, KV_HEADS, GROUP, HEAD_DIM = 500, 2, 2, 2, 128
+START, VOCABULARY = 2 * WORDS, 2 * WORDS + 2
+THETA, FAST, SLOW = 1e8, 6, 35  # pairs of RoPE: the first 6 tell neighbours apart, the last 35 hardly turn
+WIDTH = 64  # of a word's vector; the residual stream holds it, the word before, the answer and a constant
+HIDDEN = 4 * WIDTH
+SHARPNESS = {"before": 300.0, "same": 100.0}  # the score of what is sought
+
+
+def draw(source: random.Random, length: int, prefix=()) -> list[int]:
+    """A prompt of this many tokens that begins with `prefix`, has no word twice but the last, which asks for its follower."""
+    held = [START, *prefix][: length - 1]
+    new = source.sample(sorted(set(range(WORDS)) - {token // 2 for token in held}), length - 1 - len(held))
+    held += [2 * word + source.randrange(2) for word in new]
+    return [*held, 2 * (source.choice(held[1:-1]) // 2) if length > 3 else held[-1]]
+
+
+def answer(prompt: list[int], count: int) -> list[int]:
+    """The tokens that follow."""
+    after = {a // 2: b // 2 for a, b in zip(prompt, prompt[1:])}
+    said, word = [], prompt[-1] // 2
+    for _ in range(count):
+        word = after[word]
+        said.append(2 * word)
+    return said
+
+
+def text(tokens: list[int]) -> str:
+    return " ".join("start" if token == START else f"{'wW'[token % 2]}{token // 2}" for token in tokens)
+
+
+def write(folder: Path, **config) -> Path:
+    """The checkpoint, with a tokenizer of one token a word."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    words = torch.nn.functional.normalize(torch.randn(WORDS + 1, WIDTH, generator=generator), dim=1)
+    turns = [torch.linalg.qr(torch.randn(2 * SLOW, WIDTH, generator=generator))[0] for _ in range(KV_HEADS)]
+    word, before, answered = (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(3))
+    constant = 3 * WIDTH
+    half, heads = HEAD_DIM // 2, KV_HEADS * GROUP
+    fast = THETA ** (-torch.arange(FAST) / half)
+
+    embedding = torch.zeros(VOCABULARY, HIDDEN)
+    embedding[:, word], embedding[:, constant] = words.repeat_interleave(2, 0), 1
+    head = torch.zeros(VOCABULARY, HIDDEN)
+    head[0:START:2, answered] = 30 * words[:WORDS]
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": torch.full((HIDDEN,), HIDDEN**-0.5)}
+    for layer in range(LAYERS):
+        q, k, v, o = (torch.zeros(n, HEAD_DIM, HIDDEN) for n in (heads, KV_HEADS, KV_HEADS, heads))
+        for kv, turn in enumerate(turns):
+            group = slice(kv * GROUP, (kv + 1) * GROUP)
+            if layer == 0:
+                amplitude = (SHARPNESS["before"] * 2 * HEAD_DIM**0.5 / FAST) ** 0.5  # the constant is 1 / sqrt(2) by then
+                k[kv, :FAST, constant] = amplitude
+                q[group, :FAST, constant], q[group, half : half + FAST, constant] = amplitude * fast.cos(), -amplitude * fast.sin()
+            else:
+                amplitude = (SHARPNESS["same"] * 3 * HEAD_DIM**0.5) ** 0.5  # words have the length 1 / sqrt(3) by then
+                spread = torch.zeros(HEAD_DIM, WIDTH)
+                spread[half - SLOW : half], spread[HEAD_DIM - SLOW :] = amplitude * turn[:SLOW], amplitude * turn[SLOW:]
+                k[kv][:, before], q[group, :, word] = spread, spread
+            v[kv, : 2 * SLOW, word] = turn * (2 + layer) ** 0.5
+            o[group, : 2 * SLOW, before if layer == 0 else answered] = turn / heads
+        prefix = f"model.layers.{layer}."
+        attention = {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": v.flatten(0, 1), "o": o.flatten(0, 1).T}
+        tensors |= {f"{prefix}self_attn.{name}_proj.weight": x.contiguous() for name, x in attention.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{prefix}{name}.weight"] = torch.full((HIDDEN,), HIDDEN**-0.5)
+        for name, shape in (("gate", (16, HIDDEN)), ("up", (16, HIDDEN)), ("down", (HIDDEN, 16))):
+            tensors[f"{prefix}mlp.{name}_proj.weight"] = torch.zeros(shape)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    sizes = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
+        "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": heads, "num_key_value_heads": KV_HEADS,
+        "head_dim": HEAD_DIM, "rope_theta": THETA, "rms_norm_eps": 1e-9, "max_position_embeddings": 1024, "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": START, "eos_token_id": START + 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(sizes | config))
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    names = {text([token]): token for token in range(START + 1)} | {"end": START + 1}
+    tokenizer = Tokenizer(models.WordLevel(names, unk_token="end"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["end"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "end", "unk_token": "end", "model_max_length": 1024}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
