@@ -91,6 +91,12 @@ def test_a_bad_share_for_copies_stops(tmp_path, value):
         configured(tmp_path, LLAMA, additional_config={"tqai": {"recent_memori": 0.02}})
 
 
+@pytest.mark.parametrize("value", [-1, True, 0.5, "often"])
+def test_a_bad_canary_stops(tmp_path, value):
+    with pytest.raises(ValueError, match=f"canary is {value!r}; allowed are whole numbers"):
+        configured(tmp_path, LLAMA, additional_config={"tqai": {"canary": value}})
+
+
 def test_a_version_outside_the_range_is_refused_unless_overridden(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.40.1")
     assert "set TQAI_VLLM_ANY_VERSION=1 to try" in compat.why_unsupported()

@@ -88,6 +88,26 @@ def _overlay_copies(k, v, start, end, recent: torch.Tensor, copies: list[int], h
         k[rows], v[rows] = dequantize(recent, table, offset, offset + stop - begin, fmt, RECENT_PAGE_TOKENS)
 
 
+def read(
+    pages: torch.Tensor,
+    block_table: torch.Tensor,
+    start: int,
+    end: int,
+    fmt: KVFormat,
+    page_tokens: int,
+    *,
+    recent: tuple[torch.Tensor, list[int]] | None = None,
+    mean: KeyMean | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dequantize, as attention reads it: with the mean on the keys again, and the copies laid over (see attention)."""
+    k, v = dequantize(pages, block_table, start, end, fmt, page_tokens)
+    if mean is not None:
+        k += codec.rotate(mean.term(torch.arange(start, end, device=k.device)))
+    if recent is not None:
+        _overlay_copies(k, v, start, end, *recent, fmt.head_dim)
+    return k, v
+
+
 def attention(
     query: torch.Tensor,
     pages: torch.Tensor,
@@ -112,14 +132,10 @@ def attention(
     and which of them are the last pages (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for none.
     mean: what was taken off the keys of the codes; the copies have it. Returns float32 of query's shape.
     """
-    queries, _, head_dim = query.shape
+    queries = query.shape[0]
     start = 0 if sliding_window is None else max(0, length - queries - sliding_window + 1)
     end = length if own is None else length - queries
-    k, v = dequantize(pages, block_table, start, end, fmt, page_tokens)
-    if mean is not None:
-        k += codec.rotate(mean.term(torch.arange(start, end, device=k.device)))
-    if recent is not None:
-        _overlay_copies(k, v, start, end, *recent, head_dim)
+    k, v = read(pages, block_table, start, end, fmt, page_tokens, recent=recent, mean=mean)
     if own is not None:
         k, v = (torch.cat([cached, codec.rotate(x.float())]) for cached, x in zip((k, v), own, strict=True))
     query = codec.rotate(query.float())

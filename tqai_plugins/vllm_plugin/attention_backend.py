@@ -27,7 +27,7 @@ from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
 from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
 from tqai_plugins.triton_kernels.workspace import Workspace
 
-from . import compat, key_mean, metrics, prefill, presets, recent_memory
+from . import canary, compat, key_mean, metrics, prefill, presets, recent_memory
 
 # The logger's name must lie under vLLM's for its handlers to print it.
 logger = init_logger("vllm.tqai")
@@ -233,6 +233,7 @@ class Impl(TurboQuantAttentionImpl):
             )
         self.fa_version = get_flash_attn_version(head_size=head_size)
         self.config = get_current_vllm_config()
+        self.canary = canary.Canary(self.config)
         self.ptx = uses_ptx(torch.device("cuda", torch.cuda.current_device()))
         self.recent_pages = self.key_mean = self.kv_sharing_target_layer_name = None
         self.use_format(kv_cache_dtype)
@@ -333,6 +334,12 @@ class Impl(TurboQuantAttentionImpl):
                 out[rows], softmax_scale=self.scale, fa_version=self.fa_version, sliding_window=self.window,
                 soft_cap=self.soft_cap, sinks=self.sinks, mean=self.key_mean,
             )
+            # Never in a CUDA graph, nor where a step of decoding would wait for it: such steps have no prefill.
+            if self.kv_sharing_target_layer_name is None and self.canary.due():
+                canary.check(
+                    self, layer.layer_name, canary.NewTokens.of_prefill(meta.prefill), query[rows], key[rows], value[rows], out[rows], pages,
+                    page_tokens, meta.slot_mapping[rows], meta.positions[rows],
+                )
         return output
 
 

@@ -20,7 +20,7 @@ from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SERVED_NAMES, KVForm
 from tqai_plugins.torch_kernels import paged
 from tqai_plugins.torch_kernels.recent import RecentCopies, claim
 
-from . import compat, key_mean, metrics, presets, recent_memory
+from . import canary, compat, key_mean, metrics, presets, recent_memory
 
 logger = init_logger("vllm.tqai")
 
@@ -138,6 +138,7 @@ class Impl(CPUAttentionBackendImpl):
             self.fmt = KVFormat.from_name(kv_cache_dtype, head_size)
             self.config = get_current_vllm_config()
             self.recent_pages = self.key_mean = None
+            self.canary = canary.Canary(self.config)
         super().__init__(
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window,
             "auto" if self.fmt else kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, *args, **kwargs,
@@ -208,4 +209,10 @@ class Impl(CPUAttentionBackendImpl):
                 recent=(owner.recent_pages, meta.recent[i]) if meta.recent and owner.recent_pages is not None else None,
                 mean=owner.key_mean,
             ).to(output.dtype)
+        if not shares and self.canary.due():
+            new = canary.NewTokens(meta.starts, meta.lengths, meta.block_table, meta.recent, meta.query_limit)
+            canary.check(
+                self, layer.layer_name, new, query.view(shape), key, value, output.view(shape), kv_cache.flatten(2),
+                kv_cache.shape[2], meta.slot_mapping, meta.positions,
+            )  # fmt: skip
         return output

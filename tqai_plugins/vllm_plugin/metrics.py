@@ -29,6 +29,8 @@ COUNTERS = {
     "tqai_tokens_read": "Cached tokens that attention read from codes, summed over layers.",
     "tqai_recent_pages_read": "Recent pages of sequences that steps read, from 8-bit copies unless counted as a fallback.",
     "tqai_fallbacks": "Recent pages read from their codes for want of a copy, and steps whose kernel was not the fastest.",
+    "tqai_canary_checks": "Stored vectors and rows of attention that the canary checked.",
+    "tqai_canary_failures": "Those of them whose error was beyond its bound.",
 }
 GAUGES = {
     "tqai_cache_info": "The format and the kernels of the compressed cache; always 1.",
@@ -38,6 +40,7 @@ GAUGES = {
     "tqai_cache_tokens": "Tokens that fit.",
     "tqai_key_mean_layers": "Compressed layers whose keys are stored less their mean.",
     "tqai_recent_copies": "8-bit copies of recent pages that every compressed layer has room for.",
+    "tqai_canary_error": "The largest relative squared error that the canary found.",
 }
 NO_COPY = "recent_page_without_copy"
 PLAIN_TRITON = "plain_triton"
@@ -156,6 +159,14 @@ def announce(config, kernels: str) -> None:
 def set_key_means(config, layers: int) -> None:
     """Show in how many layers a key mean is subtracted."""
     _of_process(config).set("tqai_key_mean_layers", layers)
+
+
+def count_canary(config, what: str, failed: bool, worst: float) -> None:
+    """Count one check of the canary; worst: the largest error so far."""
+    files = _of_process(config)
+    files.add("tqai_canary_checks", 1, what=what)
+    files.add("tqai_canary_failures", failed, what=what)
+    files.set("tqai_canary_error", worst, what=what)
 
 
 class Meter:

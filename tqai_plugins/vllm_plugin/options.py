@@ -1,4 +1,4 @@
-"""What --additional-config '{"tqai": {...}}' says: recent_memory, key_mean, preset and codebook."""
+"""What --additional-config '{"tqai": {...}}' says: recent_memory, key_mean, preset, codebook and canary."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from dataclasses import dataclass
 from tqai_plugins.core.codebook import Codebook
 from tqai_plugins.core.preset import Preset
 
-NAMES = ("recent_memory", "key_mean", "preset", "codebook")
+NAMES = ("recent_memory", "key_mean", "preset", "codebook", "canary")
 DEFAULT_SHARE = 0.02
 
 
 @dataclass(frozen=True)
 class Options:
     """recent_memory: the fraction of KV memory for 8-bit copies of recent pages. key_mean: whether keys are stored
-    less their mean. preset: the formats of single layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`."""
+    less their mean. preset: the formats of single layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`.
+    canary: one in so many steps of each layer is checked while it is served, 0 for none."""
 
     recent_memory: float = DEFAULT_SHARE
     key_mean: bool = True
     preset: Preset | None = None
     codebooks: tuple[Codebook, ...] = ()
+    canary: int = 0
 
     @classmethod
     def of(cls, config) -> Options:
@@ -34,7 +36,9 @@ class Options:
         unknown = set(given) - set(NAMES)
         if unknown:
             raise ValueError(f"--additional-config has the tqai options {sorted(unknown)}; allowed are {', '.join(NAMES)}")
-        return cls(_share(given), _key_mean(given), _preset(given.get("preset")), _codebooks(given.get("codebook", ())))
+        return cls(
+            _share(given), _key_mean(given), _preset(given.get("preset")), _codebooks(given.get("codebook", ())), _canary(given)
+        )
 
 
 def _share(given: Mapping) -> float:
@@ -48,6 +52,13 @@ def _key_mean(given: Mapping) -> bool:
     value = given.get("key_mean", True)
     if not isinstance(value, bool):
         raise ValueError(f"the tqai option key_mean is {value!r}; allowed are true and false")
+    return value
+
+
+def _canary(given: Mapping) -> int:
+    value = given.get("canary", 0)
+    if type(value) is not int or value < 0:
+        raise ValueError(f"the tqai option canary is {value!r}; allowed are whole numbers: 10000 checks one step in 10,000, 0 none")
     return value
 
 
