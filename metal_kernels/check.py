@@ -55,7 +55,7 @@ class Case:
         return np.array(found.astype(mx.float32))[:, :, 0]
 
     def expected(self, scale: float, first: int = 0, extra: np.ndarray | None = None) -> np.ndarray:
-        """The same in float64, by the definition."""
+        """The same in float64, by the definition; extra [q_heads]: logits without a value."""
         f64 = lambda x: np.array(x.astype(mx.float32)).astype(np.float64)
         coded = [f64(codec.rotate_back(x)) for x in codec.load(self.slots[:, :, : self.total], self.fmt)]
         exact_k, exact_v, queries = f64(self.keys), f64(self.values), f64(self.queries)
@@ -73,7 +73,7 @@ class Case:
 
 
 def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
-    """|found - expected| / |expected|."""
+    """|found - expected| / |expected| over all of [...]."""
     return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 

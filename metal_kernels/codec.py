@@ -78,7 +78,7 @@ def rotate(x: mx.array) -> mx.array:
 
 
 def rotate_back(y: mx.array) -> mx.array:
-    """The inverse of rotate, float32."""
+    """[..., head_dim] -> float32 [..., head_dim], the inverse of rotate."""
     head_dim = y.shape[-1]
     return _hadamard(y.astype(mx.float32), Rotation(head_dim)) * _table("signs", head_dim)
 

@@ -110,3 +110,45 @@ def test_every_public_name_has_a_docstring(tmp_path):
     assert [name for file in SOURCES for name in undocumented(file)] == []
     (tmp_path / "planted.py").write_text('"""A."""\n\n\ndef f():\n    return 1\n\n\nclass C:\n    """C."""\n\n    def g(self):\n        return 1\n')
     assert undocumented(tmp_path / "planted.py") == ["planted.py: f", "planted.py: C.g"]
+
+
+ARRAYS = ("np.ndarray", "torch.Tensor", "mx.array")
+
+
+def raised(body: list[ast.stmt]) -> set[str]:
+    """Names of the errors that these statements raise themselves, but for what is raised to be caught here."""
+    found = set()
+    for item in body:
+        if isinstance(item, ast.Raise) and item.exc is not None:
+            found.add(ast.unparse(item.exc.func if isinstance(item.exc, ast.Call) else item.exc))
+        for field in ("body", "orelse", "finalbody"):
+            caught = isinstance(item, ast.Try) and field == "body" and item.handlers
+            if not caught and not isinstance(item, (ast.FunctionDef, ast.ClassDef)):
+                found |= raised(getattr(item, field, []))
+    return {name for name in found if name.endswith("Error")}
+
+
+def unsaid(file: Path) -> list[str]:
+    """Public functions that take arrays and show no shape such as [tokens, heads], or raise an error that they do not name."""
+
+    def look(node, inside: str, known: str):
+        for item in node.body:
+            if isinstance(item, ast.ClassDef) and not item.bases and not item.name.startswith("_"):
+                yield from look(item, f"{item.name}.", ast.get_docstring(item) or "")
+            if not isinstance(item, ast.FunctionDef) or item.name.startswith("_"):
+                continue
+            says = known + (ast.get_docstring(item) or "")
+            taken = [a.arg for a in (*item.args.args, *item.args.kwonlyargs) if a.annotation and ast.unparse(a.annotation).split(" | ")[0] in ARRAYS]
+            if taken and "[" not in says:
+                yield f"{file.name}: {inside}{item.name} takes {', '.join(taken)}"
+            yield from (f"{file.name}: {inside}{item.name} raises {name}" for name in sorted(raised(item.body)) if name not in says)
+
+    return list(look(ast.parse(file.read_text()), "", ""))
+
+
+def test_public_functions_say_the_shapes_they_take_and_the_errors_they_raise(tmp_path):
+    """Of the whole product but its commands, which have users instead of callers."""
+    assert [name for file in SOURCES if "cli" not in file.parts for name in unsaid(file)] == []
+    planted = '"""A."""\n\n\ndef f(x: np.ndarray):\n    """F."""\n    if x.ndim:\n        raise ValueError("no")\n'
+    (tmp_path / "planted.py").write_text(planted)
+    assert unsaid(tmp_path / "planted.py") == ["planted.py: f takes x", "planted.py: f raises ValueError"]

@@ -23,7 +23,7 @@ def mean_term(
 
 
 def mean_arguments(mean, placeholder: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Table, place, coefficients and coordinates of a torch_kernels.KeyMean; the placeholder for a kernel that is
+    """Table, place, coefficients and coordinates of a torch_kernels.KeyMean; the placeholder [...] for a kernel that is
     compiled without it."""
     if mean is None:
         return (placeholder,) * 4

@@ -186,7 +186,8 @@ def claim(
     page_tokens: int,
     decode_tokens: int = 1,
 ) -> None:
-    """torch_kernels.recent.claim in one launch: copies is its RecentCopies.
+    """torch_kernels.recent.claim in one launch: copies is its RecentCopies. slot_mapping int [>= tokens], query_start_loc
+    int32 [sequences + 1], seq_lens int32 [sequences], block_table int32 [sequences, pages].
 
     Entries of slots, table and context beyond the step's tokens and sequences are left as they are.
     """

@@ -45,7 +45,8 @@ class Activations:
 
 
 def group_size(size: int) -> int:
-    """Coordinates of one group, where activations have `size`: its largest divisor up to LARGEST_GROUP."""
+    """Coordinates of one group, where activations have `size`: its largest divisor up to LARGEST_GROUP.
+    ValueError if that is below 8."""
     group = next(group for group in range(min(LARGEST_GROUP, size), 0, -1) if size % group == 0)
     if group < 8:
         raise ValueError(f"activations have {size} coordinates, which no group of 8 to {LARGEST_GROUP} divides")

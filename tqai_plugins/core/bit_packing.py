@@ -59,7 +59,7 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
-    """uint8 bytes [..., packed_bytes(head_dim, bits)] -> uint8 codes [..., head_dim]."""
+    """uint8 bytes [..., packed_bytes(head_dim, bits)] -> uint8 codes [..., head_dim]. ValueError for another number of bytes."""
     if packed.shape[-1] != packed_bytes(head_dim, bits):
         raise ValueError(f"{packed.shape[-1]} bytes for {head_dim} codes of {bits} bits; expected {packed_bytes(head_dim, bits)}")
     if bits == 8:

@@ -50,7 +50,7 @@ class Codebook:
 
     @property
     def integers(self) -> tuple[int, ...]:
-        """m for each magnitude m + 1/2 (served widths only)."""
+        """m for each magnitude m + 1/2; ValueError for widths that are not served."""
         if self.bits not in SERVED_WIDTHS:
             raise ValueError(f"{self.bits}-bit magnitudes are not on the integer grid; served widths are {SERVED_WIDTHS}")
         return tuple(int(m) for m in self.magnitudes)

@@ -78,14 +78,14 @@ def decoded(book: Codebook, vectors: np.ndarray) -> np.ndarray:
 
 
 def mean_squared_error(book: Codebook, vectors: np.ndarray, queries: np.ndarray | None = None) -> float:
-    """E |x - x'|^2 / E |x|^2."""
+    """E |x - x'|^2 / E |x|^2 of vectors [vectors, head_dim]; queries are not used."""
     return float(((decoded(book, vectors) - vectors) ** 2).sum() / (vectors**2).sum())
 
 
 def attention_divergence(book: Codebook, keys: np.ndarray, queries: np.ndarray) -> float:
     """Mean KL divergence of softmax(q k') from softmax(q k), in nats (arXiv 2402.14866 preserves attention's output).
 
-    Keys come in runs of 128; logits have the standard deviation LOGIT_STD, as in heads that attend to a few tokens.
+    Queries [queries, head_dim]; keys [keys, head_dim] come in runs of 128; logits have the standard deviation LOGIT_STD, as in heads that attend to a few tokens.
     """
     scale = LOGIT_STD / np.sqrt(keys.shape[1])
     runs = lambda x: np.einsum("qd,rtd->rqt", queries, x.reshape(-1, 128, x.shape[1])) * scale

@@ -67,7 +67,8 @@ def pays(fmt: KVFormat, kept: float) -> bool:
 
 
 def kept_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
-    """What the variance of scores, per unit of the codes' relative squared error, loses with the mean of these pairs."""
+    """What the variance of scores, per unit of the codes' relative squared error, loses with the mean of these
+    pairs, int [pairs]."""
     a, b = np.split(layer.means, 2, -1)
     return float(((a * a + b * b)[:, pairs].sum(-1) * layer.query_energy).mean())
 
@@ -93,7 +94,7 @@ def make_table(cos: np.ndarray, sin: np.ndarray, pairs: np.ndarray) -> np.ndarra
 
 
 def unit(cos: np.ndarray) -> float:
-    """What RoPE scales vectors by: 1, but for YaRN and its kin."""
+    """What RoPE scales vectors by, of its cos [positions, head_dim / 2]: 1, but for YaRN and its kin."""
     return float(np.abs(cos).max())
 
 

@@ -61,7 +61,7 @@ def rotate_back(y: np.ndarray, rotation: Rotation) -> np.ndarray:
 def encode(
     y: np.ndarray, codebook: Codebook, *, scale: str = "least_squares", search: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Codes uint8 [..., head_dim] and float32 scales [...] for rotated vectors y.
+    """Codes uint8 [..., head_dim] and float32 scales [...] for rotated vectors y; ValueError for another `scale` than SCALES.
 
     With `search` every grid of codebook.SEARCH is tried and the one whose codes point closest to y
     is kept, the first of equals. Tie rule for other backends, 2^-16 of leeway for float32 sums in
@@ -147,7 +147,7 @@ def quantize(
 
 
 def dequantize_rotated(packed: np.ndarray, scales: np.ndarray, bits: int, codebook: Codebook) -> np.ndarray:
-    """Packed codes and float16 scales -> float32 vectors in the rotated basis."""
+    """Packed codes [..., bytes] and float16 scales [...] -> float32 vectors [..., head_dim] in the rotated basis."""
     codes = unpack(packed, bits, codebook.head_dim)
     magnitudes = np.array(codebook.magnitudes, np.float32)
     half = 1 << (bits - 1)

@@ -17,7 +17,8 @@ def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask
     """What mx.fast.scaled_dot_product_attention gives for dense keys and values: [batch, q_heads, new, head_dim].
 
     A query at column c reads columns c - window + 1 to c, and the first tokens of its row, exactly, and all others
-    as codes: so the result does not depend on how a prompt was cut into chunks or batches.
+    as codes: so the result does not depend on how a prompt was cut into chunks or batches. ValueError if keys and
+    values are not of one update.
     """
     if not isinstance(values, Operand) or values.tokens is not keys.tokens:
         raise ValueError("keys and values of different updates; this model cannot be served with a tqai cache")
@@ -35,7 +36,7 @@ def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask
 def dense_attention(queries: mx.array, tokens: Tokens, scale: float, mask, sinks=None) -> mx.array:
     """Dequantize this layer for the moment, some KV heads at a time, and attend with MLX's own kernel.
 
-    All of it happens in the basis of the codes.
+    queries [batch, q_heads, new, head_dim], as the result. All of it happens in the basis of the codes.
     """
     heads, group = tokens.slots.shape[1], queries.shape[1] // tokens.slots.shape[1]
     mask = _split_mask(tokens, queries.shape[2], mask)

@@ -75,7 +75,7 @@ def with_caches(load: Callable, options: dict, refused: Callable[[ValueError], N
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the server. Ends the process with code 2 and one sentence if the model cannot be served."""
+    """Run the server. ValueError for bad flags; ends the process with code 2 and one sentence if the model cannot be served."""
     parser = argparse.ArgumentParser(prog="tqai serve --mlx", description=__doc__, add_help=False, allow_abbrev=False)
     add_options(parser)
     argv = sys.argv[1:] if argv is None else argv

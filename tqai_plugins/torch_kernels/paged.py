@@ -99,7 +99,10 @@ def read(
     recent: tuple[torch.Tensor, list[int]] | None = None,
     mean: KeyMean | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dequantize, as attention reads it: with the mean on the keys again, and the copies laid over (see attention)."""
+    """dequantize, as attention reads it: with the mean on the keys again, and the copies laid over.
+
+    Parameters as in attention; returns float32 K and V [end - start, kv_heads, head_dim] in the rotated basis.
+    """
     k, v = dequantize(pages, block_table, start, end, fmt, page_tokens)
     if mean is not None:
         k += codec.rotate(mean.term(torch.arange(start, end, device=k.device)))

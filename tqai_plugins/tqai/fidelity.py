@@ -109,17 +109,17 @@ def stored_bits(cache: Cache) -> dict:
 
 
 def to_bf16(x: torch.Tensor) -> torch.Tensor:
-    """Rounded to bfloat16 and back."""
+    """[...] rounded to bfloat16 and back."""
     return x.bfloat16().to(x.dtype)
 
 
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """An unscaled cast to e4m3, which ends at 448."""
+    """[...] cast to e4m3 and back without a scale; it ends at 448."""
     return x.clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype)
 
 
 def to_int4(x: torch.Tensor) -> torch.Tensor:
-    """Groups of 64 coordinates with a float16 step and lowest value."""
+    """[..., head_dim] in groups of 64 coordinates with a float16 step and lowest value."""
     groups = x.float().unflatten(-1, (-1, math.gcd(64, x.shape[-1])))
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = ((high - low) / 15).clamp_min(1e-6).half().float()

@@ -86,7 +86,8 @@ def load(model: str, dtype=None):
 
 
 def packaged_folder(model: Packaged) -> Path:
-    """Folder of the model in safetensors, made at the first call and kept in the user's cache folder."""
+    """Folder of the model in safetensors, made at the first call and kept in the user's cache folder.
+    OSError if it has no room there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqai"
     folder = cache / f"{model.name}-{model.sha256[:8]}"
     if folder.is_dir():

@@ -115,7 +115,7 @@ def token_bytes(layer: CacheLayer, name: str, heads: int, coded: bool) -> float:
 
 
 def heads_of_rank(heads: int, ranks: int) -> int:
-    """KV heads on each rank; with more ranks than heads each head is on several."""
+    """KV heads on each rank; with more ranks than heads each head is on several. ValueError for an uneven split."""
     if max(heads, ranks) % min(heads, ranks):
         raise ValueError(f"{heads} KV heads cannot be split over --tensor-parallel {ranks}")
     return max(heads // ranks, 1)

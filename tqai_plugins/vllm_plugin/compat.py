@@ -226,7 +226,7 @@ def is_active() -> bool:
 
 
 def active_format(head_dim: int) -> KVFormat:
-    """The format of this process' tqai layers."""
+    """The format of this process' tqai layers; RuntimeError before there is one."""
     import vllm.config as config
 
     current = getattr(config, "get_current_vllm_config_or_none", lambda: None)()
