@@ -158,6 +158,7 @@ class _Compressed(_BaseCache):
         self.length -= n
         if self.recent is not None:
             self._set_recent(self._in_order()[:, :, : max(self._recent_count - n, 0)])
+        self._set_rows(self.padding, [min(first, self.length) for first in self.recent_from])
         return n
 
     @property
@@ -322,7 +323,7 @@ class BatchCompressedKVCache(_Compressed):
         self._right_padding = self._last = None
         self._set_rows(
             [p + s for p, s in zip(self.padding, shift)],
-            [max(first, length - count) + s for first, s in zip(self.recent_from, shift)],
+            [min(max(first, length - count) + s, length) for first, s in zip(self.recent_from, shift)],
         )
 
     def filter(self, batch_indices) -> None:
