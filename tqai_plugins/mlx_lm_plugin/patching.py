@@ -10,7 +10,7 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from ..core.codebook import read_all, use_for
-from . import compat, dispatch
+from . import compat, dispatch, saving
 from .kv_cache import BatchCompressedKVCache, CompressedKVCache
 from .options import CacheOptions
 
@@ -78,7 +78,8 @@ def uninstall(model: nn.Module) -> None:
 
 
 def register() -> None:
-    """mlx_lm's load_prompt_cache looks cache classes up by name in its own module."""
+    """mlx_lm's load_prompt_cache looks cache classes up by name in its own module; files are saved whole."""
+    saving.install()
     for kind in (CompressedKVCache, BatchCompressedKVCache):
         setattr(mlx_cache, kind.__name__, kind)
 
