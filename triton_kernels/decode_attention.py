@@ -49,7 +49,7 @@ class Tuning:
     warps: int = 1
 
 
-def tuning(fmt: KVFormat, columns: int, mean: bool = False) -> Tuning:
+def tuning(fmt: KVFormat, columns: int) -> Tuning:
     """What was the fastest on an H100 for this format and so many query columns a KV head."""
     eight = fmt.bits_k == 8 or fmt.bits_v == 8
     if columns * fmt.head_dim > 4 * 128:  # one warp would spill; four would take another matrix unit
@@ -59,11 +59,8 @@ def tuning(fmt: KVFormat, columns: int, mean: bool = False) -> Tuning:
         return Tuning(1, 168, 12)  # masked tiles must not be loaded ahead: Triton 3.6 reads them wrongly
     if eight:
         return Tuning(3, 232, 8)  # bytes are the limit: many in flight
-    if mean:
-        return Tuning(2, 168, 12)
-    if (fmt.bits_k, fmt.bits_v) == (4, 2):
-        return Tuning(3, 168, 12)
-    return Tuning(1, 168, 12)  # 4-bit values lose more to registers than they gain
+    # Five stages load a tile while the one before is read, three (there are page numbers to load first) behind it.
+    return Tuning(5 if fmt.bits_v == 2 else 3, 168, 12)
 
 
 @triton.jit
@@ -99,25 +96,50 @@ def _store_rows(out, real, acc, half, inverse, coordinate, D: tl.constexpr, H: t
 
 
 @triton.jit
-def _load_tile(
-    pages, table, head_offset, tile, length, page_stride, k_levels, v_levels,
-    D: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_CODES: tl.constexpr,
+def _page_ids(table, tile, stop, length, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Of a tile before `stop`: its page, or where pages are no tiles that of each token [TILE]."""
+    if PAGE == TILE:
+        ids = tl.load(table + tile, mask=tile < stop, other=0)
+    else:
+        token = tile * TILE + tl.arange(0, TILE)
+        ids = tl.load(table + token // PAGE, mask=token < tl.minimum(length, stop * TILE), other=0)
+    return ids
+
+
+@triton.jit
+def _in_page(tile, PAGE: tl.constexpr, TILE: tl.constexpr):
+    in_page = tl.arange(0, TILE)
+    if PAGE != TILE:
+        in_page = (tile * TILE + in_page) % PAGE
+    return in_page
+
+
+@triton.jit
+def _load_scales(
+    pages, ids, tile, page_stride,
     K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
-    KB: tl.constexpr, VB: tl.constexpr, F_K: tl.constexpr, F_V: tl.constexpr, USE_PTX: tl.constexpr,
 ):
-    """Codes and scales of TILE tokens: keys [TILE, KB], values [VB, TILE], 3-bit signs beside each
-    (else the codes again), scales [TILE]. Without PTX the codes come as int8 levels, a coordinate a byte."""
-    n = tl.arange(0, TILE)
+    """Scales [TILE] of a tile in the pages `ids`."""
+    page = pages + ids.to(tl.int64) * page_stride
+    in_page = _in_page(tile, PAGE, TILE)
+    k_scale = tl.load((page + K_SCALES).to(tl.pointer_type(tl.float16)) + in_page)
+    v_scale = tl.load((page + V_SCALES).to(tl.pointer_type(tl.float16)) + in_page)
+    return k_scale, v_scale
+
+
+@triton.jit
+def _load_codes_of_tile(
+    pages, ids, tile, page_stride, k_levels, v_levels,
+    D: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_CODES: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, F_K: tl.constexpr, F_V: tl.constexpr,
+    USE_PTX: tl.constexpr,
+):
+    """Codes of TILE tokens in the pages `ids`: keys [TILE, KB], values [VB, TILE], 3-bit signs beside each (else the
+    codes again). Without PTX they come as int8 levels, a coordinate a byte."""
     jk = tl.arange(0, KB)[None, :]
     jv = tl.arange(0, VB)[:, None]
-    if PAGE == TILE:
-        page = pages + tl.load(table + tile).to(tl.int64) * page_stride + head_offset
-        in_page = n
-    else:
-        token = tile * TILE + n
-        block = tl.load(table + token // PAGE, mask=token < length, other=0)
-        page = pages + block.to(tl.int64) * page_stride + head_offset
-        in_page = token % PAGE
+    page = pages + ids.to(tl.int64) * page_stride
+    in_page = _in_page(tile, PAGE, TILE)
     k_base = (page + in_page * K_BYTES)[:, None]
     v_base = (page + V_CODES + in_page)[None, :]
     # Rows beyond the codes are padding of the tile; a mask that is always true costs nothing.
@@ -137,9 +159,7 @@ def _load_tile(
         z = load_levels(v_base, jv, PAGE, v_levels, v_mask, BITS_V, D)
         x_sign = x
         z_sign = z
-    k_scale = tl.load((page + K_SCALES + 2 * in_page).to(tl.pointer_type(tl.float16)))
-    v_scale = tl.load((page + V_SCALES + 2 * in_page).to(tl.pointer_type(tl.float16)))
-    return x, x_sign, z, z_sign, k_scale, v_scale
+    return x, x_sign, z, z_sign
 
 
 @triton.jit
@@ -292,13 +312,21 @@ def _decode_kernel(
     if BITS_V == 3:
         v_lift = tl.broadcast_to(tl.load(lifts + jv[:, None]), [VB, TILE])
 
+    # Triton loads ahead what a product reads. Scales it would wait for: each tile asks for those of the next one, whose
+    # page the tile before has looked up.
+    pages += head * head_stride
+    table = block_table + sequence * table_stride
+    first_ids = _page_ids(table, start, coded_stop, length, PAGE, TILE)
+    k_scale, v_scale = _load_scales(pages, first_ids, start, page_stride, K_SCALES, V_SCALES, PAGE, TILE)
+    next_ids = _page_ids(table, start + 1, coded_stop, length, PAGE, TILE)
     for tile in tl.range(start, coded_stop, num_stages=STAGES):
+        next_k_scale, next_v_scale = _load_scales(pages, next_ids, tile + 1, page_stride, K_SCALES, V_SCALES, PAGE, TILE)
+        next_ids = _page_ids(table, tile + 2, coded_stop, length, PAGE, TILE)
         if MEAN:  # asked for together with the codes
             turns = tl.load(mean_table + (tile * TILE + n)[:, None] * COLUMNS + jm[None, :])
-        x, x_sign, z, z_sign, k_scale, v_scale = _load_tile(
-            pages, block_table + sequence * table_stride, head * head_stride, tile, length,
-            page_stride, k_levels, v_levels, D, BITS_K, BITS_V, K_BYTES, V_CODES, K_SCALES, V_SCALES,
-            PAGE, TILE, KB, VB, F_K, F_V, USE_PTX,
+        x, x_sign, z, z_sign = _load_codes_of_tile(
+            pages, _page_ids(table, tile, coded_stop, length, PAGE, TILE), tile, page_stride, k_levels, v_levels,
+            D, BITS_K, BITS_V, K_BYTES, V_CODES, PAGE, TILE, KB, VB, F_K, F_V, USE_PTX,
         )
         if F_K == 1:
             s = tl.dot(x.to(tl.int8, bitcast=True), q0, out_dtype=tl.int32)
@@ -339,6 +367,8 @@ def _decode_kernel(
             a1 = tl.dot(v1, weights, a1, out_dtype=tl.int32)
             a2 = tl.dot(v2, weights, a2, out_dtype=tl.int32)
             a3 = tl.dot(v3, weights, a3, out_dtype=tl.int32)
+        k_scale = next_k_scale
+        v_scale = next_v_scale
 
     if RECENT:
         # Keys in natural order against queries in natural order; values by the rows of each accumulator.
@@ -458,7 +488,7 @@ def decode_attention(
     group = num_q_heads // num_kv_heads
     device = pages.device
     ptx = uses_ptx(device) if ptx is None else ptx
-    tuned = tuned or tuning(fmt, _columns(group * query_len), mean is not None)
+    tuned = tuned or tuning(fmt, _columns(group * query_len))
     rows = group * query_len
     columns = _columns(rows)
     splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)

@@ -6,6 +6,7 @@ With --backend mlx: MLX's kernels, beside mlx-lm's own caches.
 from __future__ import annotations
 
 import datetime
+import time
 
 from tqai_plugins.core.kv_format import KVFormat
 
@@ -135,7 +136,10 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
         prepare(query, key, value, pages, last, workspace, fmt, page, scale, positions=positions, **more)
         decode.decode_attention(workspace, pages, table, lengths, out, fmt, page, **more)
 
+    start = time.perf_counter()
     step()
+    torch.cuda.synchronize()
+    first_call = time.perf_counter() - start
     error = _error(query, out, pages, table, fmt, page, context, scale)
     merge, decode.merge = decode.merge, lambda *a, **k: None  # the split kernel alone
     kernel = _time(lambda: decode.decode_attention(workspace, pages, table, lengths, out, fmt, page))
@@ -144,7 +148,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     return {
         "name": fmt.name, "sequences": sequences, "context": context, "us": kernel, "step_us": _time(step),
         "step_recent_us": _time(lambda: step(recent)), "step_mean_us": _time(lambda: step(recent, mean)), "gb_s": moved / kernel / 1e3,
-        "share_of_copy": moved / kernel / 1e3 / copy, "error": error,
+        "share_of_copy": moved / kernel / 1e3 / copy, "error": error, "first_call_s": first_call,
     }
 
 
