@@ -13,6 +13,9 @@ if shutil.which("g++") is None:
 
 import metal_shim
 import mlx.core as mx
+from hypothesis import given
+from hypothesis import strategies as st
+from operations import sized
 from tqai_plugins.metal_kernels import codec, launch
 from tqai_plugins.metal_kernels.check import Case, draw, relative_error
 from tqai_plugins.metal_kernels.dequantize import dequantize
@@ -87,6 +90,19 @@ def test_sliding_windows_and_learned_sinks(first):
     case, extra = Case(K4V2, 4, (100, 80), 16, 4), draw(7, 8)
     assert close(case.run(0.125, first=first), case.expected(0.125, first))
     assert close(case.run(0.125, first=first, extra=extra), case.expected(0.125, first, np.array(extra)))
+
+
+@sized(1 / 20, 25)
+@given(
+    fmt=st.sampled_from([K4V2, KVFormat(3, 3, 128)]), group=st.sampled_from([1, 4]), window=st.integers(0, 130),
+    sinks=st.integers(0, 5), lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4), splits=st.integers(1, 3),
+    first=st.one_of(st.just(0), st.integers(0, 199)), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_random_batches(fmt, group, window, sinks, lengths, splits, first, seed):
+    """What lies behind the last token is NaN, so that it shows if it is read."""
+    case = Case(fmt, group, tuple(lengths), window, sinks, seed=seed)
+    first = min(first, max(lengths) - 1)
+    assert close(case.run(0.125, splits=splits, first=first), case.expected(0.125, first))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(mx.bfloat16, 1e-2), (mx.float32, 2e-6)])
