@@ -221,11 +221,6 @@ class Impl(TurboQuantAttentionImpl):
         self.soft_cap = logits_soft_cap or None
         self.window = sliding_window
         self.sinks = sinks  # a parameter of the model, loaded later
-        if kv_sharing_target_layer_name is not None:
-            raise ValueError(
-                f"--kv-cache-dtype {kv_cache_dtype} does not serve layers that read another layer's cache on CUDA yet; "
-                "use another dtype for this model"
-            )
         if not KVFormat.from_name(kv_cache_dtype, head_size).served or head_size > 256:
             raise ValueError(
                 f"--kv-cache-dtype {kv_cache_dtype} serves head dimensions that are multiples of 16 up to 256, "
@@ -235,8 +230,17 @@ class Impl(TurboQuantAttentionImpl):
         self.config = get_current_vllm_config()
         self.canary = canary.Canary(self.config)
         self.ptx = uses_ptx(torch.device("cuda", torch.cuda.current_device()))
-        self.recent_pages = self.key_mean = self.kv_sharing_target_layer_name = None
+        self.recent_pages = self.key_mean = None
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.lends = False  # whether other layers read this one's cache
         self.use_format(kv_cache_dtype)
+
+    @property
+    def owner(self) -> Impl:
+        """The layer whose cache this one reads: itself, but for layers without keys."""
+        if self.kv_sharing_target_layer_name is None:
+            return self
+        return self.config.compilation_config.static_forward_context[self.kv_sharing_target_layer_name].impl
 
     def use_format(self, name: str) -> None:
         """Before any page is made: the run's format, or for a layer of a preset another."""
@@ -249,6 +253,8 @@ class Impl(TurboQuantAttentionImpl):
 
     def recent_bytes(self) -> int:
         """Of one 8-bit copy of a recent page in this layer."""
+        if self.owner is not self:
+            return 0
         return self.num_kv_heads * RecentPages.layout(self.head_size).page_bytes
 
     def process_weights_after_loading(self, act_dtype):
@@ -263,15 +269,17 @@ class Impl(TurboQuantAttentionImpl):
         if self.window is not None:
             tokens = max(tokens, self.config.scheduler_config.max_num_batched_tokens + self.window)
         prefill.reserve(tokens, self.num_kv_heads, self.head_size, act_dtype, device)
+        self.owner.lends |= self.owner is not self
         copies = recent_memory.copies(self.config)
-        if copies:
+        if copies and self.recent_bytes():
             bytes_each = RecentPages.layout(self.head_size).page_bytes
             self.recent_pages = torch.zeros(copies, self.num_kv_heads, bytes_each, dtype=torch.uint8, device=device)
 
     @property
     def shape(self) -> tuple:
         """What its kernels are compiled for."""
-        return self.num_heads, self.num_kv_heads, self.fmt, self.window, self.sinks is not None, self.key_mean is None
+        sinks, mean = self.sinks is not None, self.owner.key_mean is not None
+        return self.num_heads, self.num_kv_heads, self.fmt, self.window, sinks, mean
 
     def compile(self, page_tokens, dtype, bookkeeping) -> None:
         """Compile what capturing decode steps in CUDA graphs does not reach, so that no request waits for it."""
@@ -279,19 +287,20 @@ class Impl(TurboQuantAttentionImpl):
         pages = torch.zeros(1, self.num_kv_heads, page_tokens * self.fmt.slot_bytes, dtype=torch.uint8, device=device)
         vectors = torch.zeros(1, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
         table = torch.full((1, RECENT_PAGES), -1, dtype=torch.int32, device=device)
-        recent = None if bookkeeping is None else RecentPages(self.recent_pages, table[0], table)
+        copies, mean = self.owner.recent_pages, self.owner.key_mean
+        recent = None if bookkeeping is None else RecentPages(copies, table[0], table)
         for tiling in TILINGS.values():
             prepare(
                 None, vectors, vectors, pages, table[0].long(), self.workspace, self.fmt, page_tokens, self.scale,
-                recent=recent, positions=table[0].long(), mean=self.key_mean, tiling=tiling,
+                recent=recent, positions=table[0].long(), mean=mean, tiling=tiling,
             )
         zero = torch.zeros(1, dtype=torch.int32, device=device)
         compile_dequantize = lambda held, fmt, tokens, mean: dequantize(
             held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False, mean=mean
         )
-        compile_dequantize(pages, self.fmt, page_tokens, self.key_mean)
+        compile_dequantize(pages, self.fmt, page_tokens, mean)
         if recent is not None:
-            compile_dequantize(self.recent_pages, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)
+            compile_dequantize(copies, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)
         out = torch.zeros(1, self.num_heads, self.head_size, dtype=dtype, device=device)
         for splits in MERGE_VARIANTS:
             if splits * self.num_heads <= self.workspace.lse.shape[0]:
@@ -305,34 +314,40 @@ class Impl(TurboQuantAttentionImpl):
     ):
         if attn_metadata is None:  # vLLM's profiling run
             return key_mean.read(self, layer, query, key, value, output)
-        meta = attn_metadata
+        meta, owner = attn_metadata, self.owner
         page_tokens = kv_cache.shape[2]
         pages = kv_cache.flatten(2)
         tokens = meta.num_actual_tokens
         out = output.view(-1, self.num_heads, self.head_size)
         query = query.view(-1, self.num_heads, self.head_size)
-        key = key[:tokens].view(-1, self.num_kv_heads, self.head_size)
-        value = value[:tokens].view(-1, self.num_kv_heads, self.head_size)
         decode_tokens = meta.num_decodes * meta.query_len if meta.num_decodes else 0
+        rows = slice(decode_tokens, tokens)
+        if owner is self:
+            key, value = (x[:tokens].view(-1, self.num_kv_heads, self.head_size) for x in (key, value))
+            chunk = key[rows], value[rows]
+            # What a piece of a CUDA graph wrote does not outlive the layer.
+            self.chunk = tuple(x.clone() for x in chunk) if self.lends and meta.prefill is not None else None
+        else:  # its keys are the owner's, stored already
+            key = value = query.new_empty(0, self.num_kv_heads, self.head_size)
+            chunk = owner.chunk
         recent = None
-        if meta.recent is not None and self.recent_pages is not None:
-            recent = RecentPages(self.recent_pages, meta.recent.slots, meta.recent.table)
+        if meta.recent is not None and owner.recent_pages is not None:
+            recent = RecentPages(owner.recent_pages, meta.recent.slots, meta.recent.table)
         prepare(
             query[:decode_tokens] if decode_tokens else None, key, value, pages, meta.slot_mapping, self.workspace,
-            self.fmt, page_tokens, self.scale, recent=recent, positions=meta.positions, mean=self.key_mean,
+            self.fmt, page_tokens, self.scale, recent=recent, positions=meta.positions, mean=owner.key_mean,
         )
         if decode_tokens:
             decode_attention(
                 self.workspace, pages, meta.block_table, meta.seq_lens[: meta.num_decodes], out[:decode_tokens],
                 self.fmt, page_tokens, query_len=meta.query_len, soft_cap=self.soft_cap, recent=recent,
-                mean=self.key_mean, sliding_window=self.window, sinks=self.sinks,
+                mean=owner.key_mean, sliding_window=self.window, sinks=self.sinks,
             )
         if meta.prefill is not None:
-            rows = slice(decode_tokens, tokens)
             prefill.attend(
-                query[rows], key[rows], value[rows], pages, page_tokens, self.recent_pages, meta.prefill, self.fmt,
+                query[rows], *chunk, pages, page_tokens, owner.recent_pages, meta.prefill, self.fmt,
                 out[rows], softmax_scale=self.scale, fa_version=self.fa_version, sliding_window=self.window,
-                soft_cap=self.soft_cap, sinks=self.sinks, mean=self.key_mean,
+                soft_cap=self.soft_cap, sinks=self.sinks, mean=owner.key_mean,
             )
             # Never in a CUDA graph, nor where a step of decoding would wait for it: such steps have no prefill.
             if self.kv_sharing_target_layer_name is None and self.canary.due():

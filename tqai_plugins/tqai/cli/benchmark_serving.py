@@ -172,11 +172,16 @@ def _serve(llm, batch: int, tokens: int) -> dict:
     }  # fmt: skip
 
 
+def _where(data: dict) -> str:
+    gpus = data.get("gpus", 1)
+    return f"{f'{gpus} ' if gpus > 1 else ''}{data.get('device', '?')}, vLLM {data.get('vllm', '?')}"
+
+
 def show(data: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{data.get('device', '?')}, vLLM {data.get('vllm', '?')}, {data['model']}")
+    table = Table(title=f"{_where(data)}, {data['model']}")
     done = [row for row in data["rows"] if "why" not in row]
     shapes = [(r["batch"], r["tokens"]) for r in done[0]["runs"]] if done else []
     heads = ["dtype", "KV tokens", *(f"{b} x {t}: ms a step (prefill tok/s)" for b, t in shapes), "full memory: requests, tok/s"]
@@ -212,7 +217,7 @@ def plot(data: dict, path: Path) -> None:
         ax.bar_label(bars, [f"{rate:,.0f}" for rate in rates], fontsize=7)
     ax.set_xticks(range(len(groups)), groups)
     ax.set_ylabel("decode tokens a second")
-    ax.set_title(f"{data['model']}, {data.get('device', '')}, vLLM {data.get('vllm', '')}", fontsize=10)
+    ax.set_title(f"{data['model']}, {_where(data)}", fontsize=10)
     ax.legend(fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     fig.savefig(path, dpi=150)

@@ -1,0 +1,216 @@
+"""Kinds of model and of serving in the real vLLM, on a GPU or its CPU build: with 8-bit codes each answers as with its own cache.
+
+The models are small and random with weights so large that the next token depends on what attention sees: a wrong window, cap,
+sink, mean or page changes log-probabilities by tenths of a nat and more, 8-bit codes by hundredths.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+torch = pytest.importorskip("torch")
+pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
+import transformers
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm_server import ENV
+
+CUDA = torch.cuda.is_available()
+SIZES = {
+    "vocab_size": 320, "hidden_size": 256, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 64, "num_hidden_layers": 4, "max_position_embeddings": 1024, "initializer_range": 0.08,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+}  # fmt: skip
+TURNS = {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2}
+KINDS = {
+    "full": ("Llama", {}),
+    "windows": ("Gemma3Text", TURNS | {"query_pre_attn_scalar": 64}),
+    "soft_cap": ("Gemma2", TURNS | {"query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0}),
+    "sinks": ("Llama", {}),
+    "shared_layers": ("Gemma3nText", TURNS | {
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 2,
+        "intermediate_size": [256] * 6, "activation_sparsity_pattern": [0.0] * 6, "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 320, "laurel_rank": 8, "altup_num_inputs": 2,
+    }),
+}  # fmt: skip
+# Prompts in one chunk and in several, two with a common beginning of three pages, one longer than windows.
+PROMPTS = [[(7 * i * i + 3 * i + n) % 320 for i in range(length)] for n, length in enumerate((3, 70, 200, 333))]
+PROMPTS.append(PROMPTS[-1][:250] + PROMPTS[0] * 9)
+TOKENS = 8
+# Without torch.compile, which takes half a minute for each of these models.
+GRAPHS = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]}}
+CLOSE = 0.2  # nats
+
+
+def write(folder: Path, kind: str) -> str:
+    name, changes = KINDS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES | changes)
+    getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config).to(torch.bfloat16).save_pretrained(folder)
+    return str(folder)
+
+
+@contextlib.contextmanager
+def engine(model: str, dtype: str, **options):
+    os.environ.update(ENV | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"})
+    more = {"block_size": 64, "kv_cache_memory_bytes": 64 << 20} | (GRAPHS if CUDA else {"enforce_eager": True}) | options
+    llm = LLM(
+        model, kv_cache_dtype=dtype, dtype="bfloat16" if CUDA else "float32", skip_tokenizer_init=True, max_model_len=512,
+        max_num_seqs=8, max_num_batched_tokens=128, disable_log_stats=False, gpu_memory_utilization=0.1, **more,
+    )  # fmt: skip
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+def give_sinks(model) -> None:
+    """What gpt-oss' weights bring: a logit a head that takes its share of attention."""
+    for number, layer in enumerate(model.model.layers):
+        impl = layer.self_attn.attn.impl
+        sinks = torch.linspace(-1, 3, impl.num_heads) + number
+        like = next(layer.parameters())
+        impl.sinks = sinks.to(like.device, torch.float32 if impl.kv_cache_dtype.startswith("tqai") else like.dtype)
+
+
+def answers(llm, prompts=PROMPTS, **options) -> list:
+    """Of each prompt, its tokens and the log-probabilities of the likeliest ones at each step."""
+    params = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=5, detokenize=False, ignore_eos=True)
+    found = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False, **options)
+    return [(x.outputs[0].token_ids, [{t: p.logprob for t, p in top.items()} for top in x.outputs[0].logprobs]) for x in found]
+
+
+def distance(some: list, others: list) -> float:
+    """The largest difference of log-probabilities of a likely token, as long as the answers are the same."""
+    largest = 0.0
+    for (tokens, steps), (other_tokens, other_steps) in zip(some, others):
+        for i, (step, other) in enumerate(zip(steps, other_steps)):
+            if tokens[:i] != other_tokens[:i]:
+                break
+            for token, likelihood in step.items():
+                if likelihood > -3 and token in other:
+                    largest = max(largest, abs(likelihood - other[token]))
+    return largest
+
+
+def gauge(llm, name: str) -> float:
+    return sum(m.value for m in llm.get_metrics() if m.name == name)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return {kind: write(tmp_path_factory.mktemp(kind), kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eight_bits_answer_as_the_models_own_cache(folders, kind):
+    found = {}
+    for dtype in ("auto", "tqai_k8v8", "tqai_k2v2"):
+        with engine(folders[kind], dtype, **({"enforce_eager": True} if kind == "sinks" else {})) as llm:
+            if kind == "sinks":
+                plain = answers(llm)
+                llm.reset_prefix_cache()
+                llm.apply_model(give_sinks)
+            found[dtype] = answers(llm)
+            assert kind != "sinks" or distance(plain, found[dtype]) > 0.3
+    eight, two = (distance(found["auto"], found[name]) for name in ("tqai_k8v8", "tqai_k2v2"))
+    assert eight < min(CLOSE, two / 4)
+
+
+def adapter(folder: Path, model: str) -> str:
+    """A LoRA that changes keys, values and queries of every layer."""
+    from safetensors.torch import save_file
+
+    config = json.loads((Path(model) / "config.json").read_text())
+    out = {"q_proj": 4 * 64, "k_proj": 2 * 64, "v_proj": 2 * 64}
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator) * 0.1
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for name, size in out.items():
+            at = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights |= {f"{at}.lora_A.weight": draw(8, 256), f"{at}.lora_B.weight": draw(size, 8)}
+    folder.mkdir()
+    save_file(weights, folder / "adapter_model.safetensors")
+    held = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": list(out), "task_type": "CAUSAL_LM", "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(held))
+    return str(folder)
+
+
+def test_lora(folders, tmp_path):
+    from vllm.lora.request import LoRARequest
+
+    request = LoRARequest("changed", 1, adapter(tmp_path / "adapter", folders["full"]))
+    found = {}
+    for dtype in ("auto", "tqai_k8v8"):
+        with engine(folders["full"], dtype, enable_lora=True, max_lora_rank=8) as llm:
+            found[dtype], plain = answers(llm, lora_request=request), answers(llm)
+            assert distance(found[dtype], plain) > 1, "the adapter changes nothing"
+    assert distance(found["auto"], found["tqai_k8v8"]) < CLOSE
+
+
+def test_a_draft_model_writes_the_same_tokens(folders):
+    """The model drafts for itself, so that nearly all is accepted. One request at a time: batches are fixed."""
+    found = {}
+    for name, options in {
+        "alone": {},
+        "drafted": {"speculative_config": {"model": folders["full"], "method": "draft_model", "num_speculative_tokens": 3}},
+    }.items():
+        with engine(folders["full"], "tqai_k8v8", **options) as llm:
+            found[name] = [answers(llm, [prompt])[0] for prompt in PROMPTS]
+            accepted = gauge(llm, "vllm:spec_decode_num_accepted_tokens") if options else 0
+    assert [tokens for tokens, _ in found["alone"]] == [tokens for tokens, _ in found["drafted"]]
+    assert accepted >= len(PROMPTS)
+
+
+@pytest.mark.cuda
+def test_pages_come_back_from_the_hosts_memory(folders):
+    """A connector moves whole pages; when they are needed again they are loaded, not computed."""
+    transfer = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": {"num_cpu_blocks": 200}}
+    pages = 4 * 2 * 64 * 132 * 24  # layers, heads, tokens, bytes
+    with engine(folders["full"], "tqai_k8v8", kv_transfer_config=transfer, kv_cache_memory_bytes=pages) as llm:
+        first = answers(llm, PROMPTS[-2:])
+        for n in range(6):  # push them out
+            answers(llm, [[(11 * i + n) % 320 for i in range(400)]])
+        hits = gauge(llm, "vllm:external_prefix_cache_hits")
+        again = answers(llm, PROMPTS[-2:])
+        assert gauge(llm, "vllm:external_prefix_cache_hits") > hits
+    assert distance(first, again) < CLOSE
+
+
+@pytest.mark.cuda
+def test_sleep_and_wake(folders):
+    with engine(folders["full"], "tqai_k4v4", enable_sleep_mode=True) as llm:
+        first = answers(llm)
+        llm.sleep(level=1)
+        llm.wake_up()
+        assert distance(first, answers(llm)) < CLOSE
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("runner", ["0", "1"])
+def test_both_model_runners(folders, monkeypatch, runner):
+    found = {}
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    for eager in (False, True):
+        with engine(folders["full"], "tqai_k8v8", **({"enforce_eager": True} if eager else {})) as llm:
+            found[eager] = answers(llm)
+    assert distance(found[False], found[True]) < CLOSE
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_gpus_answer_as_one(folders, monkeypatch, how):
+    """One KV head a rank, or two layers."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    found = {}
+    for gpus in (1, 2):
+        with engine(folders["full"], "tqai_k8v8", **{how: gpus}) as llm:
+            found[gpus] = answers(llm)
+    assert distance(found[1], found[2]) < CLOSE
