@@ -49,12 +49,19 @@ class Tuning:
     warps: int = 1
 
 
+def _tile_bytes(fmt: KVFormat, ptx: bool) -> tuple[int, int]:
+    """Bytes of a token's key and value in a tile, no less than the matrix unit takes; a coordinate each without PTX."""
+    planes = (PLANES[fmt.bits_k], PLANES[fmt.bits_v]) if ptx else (1, 1)
+    padded = triton.next_power_of_2(fmt.head_dim)
+    return max(32, padded // planes[0]), max(16, padded // planes[1])
+
+
 def tuning(fmt: KVFormat, columns: int) -> Tuning:
     """What was the fastest on an H100 for this format and so many query columns a KV head."""
     eight = fmt.bits_k == 8 or fmt.bits_v == 8
     if columns * fmt.head_dim > 4 * 128:  # one warp would spill; four would take another matrix unit
         return Tuning(1, 240, 4, 2) if eight else Tuning(1, 168, 6, 2)
-    padded = fmt.head_dim & (fmt.head_dim - 1)
+    padded = _tile_bytes(fmt, True) != (fmt.head_dim // PLANES[fmt.bits_k], fmt.head_dim // PLANES[fmt.bits_v])
     if 3 in (fmt.bits_k, fmt.bits_v) or padded:
         return Tuning(1, 168, 12)  # masked tiles must not be loaded ahead: Triton 3.6 reads them wrongly
     if eight:
@@ -514,7 +521,7 @@ def decode_attention(
         sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
         fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
-        max(32, padded // k_planes), max(16, padded // v_planes),
+        *_tile_bytes(fmt, ptx),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
         sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes,
