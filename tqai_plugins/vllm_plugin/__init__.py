@@ -5,10 +5,10 @@ from __future__ import annotations
 _registered = False
 
 
-def _learn_key_means(model, config) -> None:
-    from . import key_mean  # only a worker loads a model
+def _prepare_keys(model, config) -> None:
+    from . import key_balance, key_mean  # only a worker loads a model
 
-    key_mean.learn(model, config)
+    key_mean.learn(model, config, key_balance.apply(model, config))
 
 
 def register() -> None:
@@ -29,5 +29,5 @@ def register() -> None:
     compat.register_dtypes()
     compat.register_backend()
     compat.register_folders()
-    compat.after_loading(_learn_key_means)
+    compat.after_loading(_prepare_keys)
     metrics.show()

@@ -73,13 +73,17 @@ def why_none(config) -> str | None:
     return None
 
 
-def learn(model: torch.nn.Module, config) -> None:
-    """Give the compressed layers of `model` a key mean where it pays; say in the log what was done."""
+def learn(model: torch.nn.Module, config, balanced: set[torch.nn.Module]) -> None:
+    """Give the compressed layers of `model` a key mean where it pays; say in the log what was done.
+
+    balanced: layers whose keys are in balance with their queries (key_balance.py). A mean took nothing more from their
+    distance to the uncompressed model, and costs time to read.
+    """
     reason = why_none(config)
     start = time.perf_counter()
-    with_rope = {} if reason else _layers(model, config)
+    with_rope = {} if reason else _layers(model, config, balanced)
     if not with_rope and reason is None:
-        reason = "no layer with keys below 8 bits and RoPE of the common form"
+        reason = "those in balance need none" if balanced else "no layer with keys below 8 bits and RoPE of the common form"
     stored = _stored_means(with_rope, config)
     number = 0
     for layer, (means, pairs, kept) in (stored or _means_of_text(with_rope, model, config)).items():
@@ -97,28 +101,29 @@ def learn(model: torch.nn.Module, config) -> None:
         )  # fmt: skip
 
 
-def _layers(model: torch.nn.Module, config) -> dict:
+def _layers(model: torch.nn.Module, config, without: set[torch.nn.Module]) -> dict:
     """Attention layer -> its RoPE, of those that may profit and whose RoPE is of the form that core.key_mean knows."""
     found = {}
     for module in model.modules():
         rope = getattr(module, "rotary_emb", None)
         for layer in module.children():
             impl = getattr(layer, "impl", None)
-            if impl is None or impl.kv_sharing_target_layer_name is not None:
+            if impl is None or impl.kv_sharing_target_layer_name is not None or layer in without:
                 continue
-            if key_mean.may_pay(impl.fmt) and _is_plain(rope, layer.head_size, config.model_config.max_model_len):
+            fits = layer.head_size >= key_mean.COLUMNS and is_plain(rope, layer.head_size, config.model_config.max_model_len)
+            if fits and key_mean.may_pay(impl.fmt):
                 found[layer] = rope
     return found
 
 
-def _is_plain(rope, head_dim: int, positions: int) -> bool:
-    """Whether it turns all pairs (i, i + head_dim / 2) by one position."""
+def is_plain(rope, head_dim: int, positions: int = 0) -> bool:
+    """Whether it turns all pairs (i, i + head_dim / 2) by one position, and knows so many positions."""
     cache = getattr(rope, "cos_sin_cache", None)
     return (
         isinstance(cache, torch.Tensor)
         and getattr(rope, "is_neox_style", False)
         and not hasattr(rope, "mrope_section")
-        and cache.shape[1] == head_dim >= key_mean.COLUMNS
+        and cache.shape[1] == head_dim
         and cache.shape[0] >= positions
     )
 

@@ -17,7 +17,7 @@ DEFAULT_SHARE = 0.02
 @dataclass(frozen=True)
 class Options:
     """recent_memory: the fraction of KV memory for 8-bit copies of recent pages. key_mean: whether keys are stored
-    less their mean. preset: the formats of single layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`.
+    less their mean or, where heads norm their queries and keys, in balance with queries. preset: the formats of single layers, from a file of `tqai recommend`. codebooks: from files of `tqai codebook build`.
     canary: one in so many steps of each layer is checked while it is served, 0 for none."""
 
     recent_memory: float = DEFAULT_SHARE

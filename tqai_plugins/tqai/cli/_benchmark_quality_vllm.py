@@ -31,7 +31,7 @@ CACHE_BYTES = 1 << 30
 @dataclass(frozen=True)
 class Entry:
     """One server: its cache dtype, the share of its memory for 8-bit copies of recent pages (None: the default), and
-    whether keys are stored less their mean."""
+    whether keys are stored less their mean or in balance."""
 
     name: str
     dtype: str
@@ -47,7 +47,7 @@ class Entry:
         if not found:
             raise ValueError(
                 f"--formats has {text!r}; expected a KV cache dtype such as fp8 or k4v2, k4v2:0 "
-                "without 8-bit copies, or k4v2:nomean without key mean"
+                "without 8-bit copies, or k4v2:nomean without key mean and balance"
             )
         dtype = f"tqai_{found[2]}" if found[2] else found[1]
         return cls(text, name_check(None)(dtype), float(found[3]) if found[3] else None, not found[4])
