@@ -83,6 +83,11 @@ def test_models_that_are_refused(tmp_path, config, what):
         configured(tmp_path, config)
 
 
+def test_fast_prefill_of_shared_layers_stops(tmp_path):
+    with pytest.raises(ValueError, match="--kv-cache-dtype tqai does not serve --kv-sharing-fast-prefill; leave that out"):
+        configured(tmp_path, LLAMA, kv_sharing_fast_prefill=True)
+
+
 @pytest.mark.parametrize("value", [2, -0.1, "much", True])
 def test_a_bad_share_for_copies_stops(tmp_path, value):
     with pytest.raises(ValueError, match=f"recent_memory is {value!r}; allowed is a fraction"):

@@ -48,6 +48,8 @@ def check(config) -> None:
             raise ValueError(
                 f"--kv-cache-dtype {name} does not serve models with {what}, which {model.model} is; use --kv-cache-dtype auto"
             )
+    if getattr(config.cache_config, "kv_sharing_fast_prefill", False):  # its steps do not hold the tokens that copies follow
+        raise ValueError(f"--kv-cache-dtype {name} does not serve --kv-sharing-fast-prefill; leave that out")
     Options.of(config)
     presets.check(config)
     presets.use_codebooks(config)
