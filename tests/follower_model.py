@@ -1,9 +1,9 @@
 """A Llama whose answers are known: it says which word followed the last one when that stood in the prompt, and goes on so.
 
-Layer 0 finds the token before each by RoPE's fast pairs, layer 1 the place where the last word was that token, by the
-slow ones (an induction head, written by hand; no layer has an MLP). Each answered word needs one exact place of the
-cache, wherever it lies, so that a wrong page, slot, length or head shows; and it wins by so much that what a format, a
-chunk or a batch of another size rounds does not.
+Layer 0 finds each token and the one before it by RoPE's fast pairs, layer 1 the place where the last word was the one
+before, by the slow ones (an induction head, written by hand; no layer has an MLP). Each answered word needs one exact
+place of the cache, wherever it lies, and the two newest, so that a wrong page, slot or head or a lost token shows; and
+it wins by so much that what a format, a chunk or a batch of another size rounds does not.
 
 Each word has two spellings, `w7` and `W7`; the model takes them for the same and answers in small letters. So a
 speculator that copies the prompt is right about half of the time.
@@ -16,9 +16,9 @@ from pathlib import Path
 WORDS, LAYERS, KV_HEADS, GROUP, HEAD_DIM = 500, 2, 2, 2, 128
 START, VOCABULARY = 2 * WORDS, 2 * WORDS + 2
 THETA, FAST, SLOW = 1e8, 6, 35  # pairs of RoPE: the first 6 tell neighbours apart, the last 35 hardly turn
-WIDTH = 64  # of a word's vector; the residual stream holds it, the word before, the answer and a constant
-HIDDEN = 4 * WIDTH
-SHARPNESS = {"before": 300.0, "same": 100.0}  # the score of what is sought
+WIDTH = 64  # of a word's vector; the residual stream holds it, what layer 0 and 1 find, and a constant
+HIDDEN = 5 * WIDTH
+SHARPNESS = {"near": 300.0, "same": 100.0}  # the score of what is sought
 
 
 def draw(source: random.Random, length: int, prefix=()) -> list[int]:
@@ -45,45 +45,49 @@ def text(tokens: list[int]) -> str:
 
 def write(folder: Path, **config) -> Path:
     """The checkpoint, with a tokenizer of one token a word."""
-    import torch
-    from safetensors.torch import save_file
+    import numpy as np
+    from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    words = torch.nn.functional.normalize(torch.randn(WORDS + 1, WIDTH, generator=generator), dim=1)
-    turns = [torch.linalg.qr(torch.randn(2 * SLOW, WIDTH, generator=generator))[0] for _ in range(KV_HEADS)]
-    word, before, answered = (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(3))
-    constant = 3 * WIDTH
+    generator, zeros = np.random.default_rng(0), lambda *shape: np.zeros(shape, np.float32)
+    words = generator.standard_normal((WORDS + 1, WIDTH))
+    words /= np.linalg.norm(words, axis=1, keepdims=True)
+    turns = [np.linalg.qr(generator.standard_normal((2 * SLOW, WIDTH)))[0] for _ in range(KV_HEADS)]
+    word, before, itself, answered = (slice(i * WIDTH, (i + 1) * WIDTH) for i in range(4))
+    constant = 4 * WIDTH
     half, heads = HEAD_DIM // 2, KV_HEADS * GROUP
-    fast = THETA ** (-torch.arange(FAST) / half)
+    fast, norm = THETA ** (-np.arange(FAST) / half), np.full(HIDDEN, HIDDEN**-0.5, np.float32)
 
-    embedding = torch.zeros(VOCABULARY, HIDDEN)
-    embedding[:, word], embedding[:, constant] = words.repeat_interleave(2, 0), 1
-    head = torch.zeros(VOCABULARY, HIDDEN)
+    embedding, head = zeros(VOCABULARY, HIDDEN), zeros(VOCABULARY, HIDDEN)
+    embedding[:, word], embedding[:, constant] = words.repeat(2, 0), 1
     head[0:START:2, answered] = 30 * words[:WORDS]
-    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": torch.full((HIDDEN,), HIDDEN**-0.5)}
+    tensors = {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": norm}
     for layer in range(LAYERS):
-        q, k, v, o = (torch.zeros(n, HEAD_DIM, HIDDEN) for n in (heads, KV_HEADS, KV_HEADS, heads))
+        q, k, v, o = (zeros(n, HEAD_DIM, HIDDEN) for n in (heads, KV_HEADS, KV_HEADS, heads))
         for kv, turn in enumerate(turns):
             group = slice(kv * GROUP, (kv + 1) * GROUP)
             if layer == 0:
-                amplitude = (SHARPNESS["before"] * 2 * HEAD_DIM**0.5 / FAST) ** 0.5  # the constant is 1 / sqrt(2) by then
+                amplitude = (SHARPNESS["near"] * 2 * HEAD_DIM**0.5 / FAST) ** 0.5  # the constant is 1 / sqrt(2) by then
+                turned = fast * (1 - kv)  # the first head finds the token before, the second one the token itself
                 k[kv, :FAST, constant] = amplitude
-                q[group, :FAST, constant], q[group, half : half + FAST, constant] = amplitude * fast.cos(), -amplitude * fast.sin()
+                q[group, :FAST, constant] = amplitude * np.cos(turned)
+                q[group, half : half + FAST, constant] = -amplitude * np.sin(turned)
             else:
-                amplitude = (SHARPNESS["same"] * 3 * HEAD_DIM**0.5) ** 0.5  # words have the length 1 / sqrt(3) by then
-                spread = torch.zeros(HEAD_DIM, WIDTH)
+                amplitude = (SHARPNESS["same"] * 4 * HEAD_DIM**0.5) ** 0.5  # words have the length 1 / 2 by then
+                spread = zeros(HEAD_DIM, WIDTH)
                 spread[half - SLOW : half], spread[HEAD_DIM - SLOW :] = amplitude * turn[:SLOW], amplitude * turn[SLOW:]
-                k[kv][:, before], q[group, :, word] = spread, spread
-            v[kv, : 2 * SLOW, word] = turn * (2 + layer) ** 0.5
-            o[group, : 2 * SLOW, before if layer == 0 else answered] = turn / heads
+                k[kv][:, before], q[group, :, itself] = spread, spread
+            v[kv, : 2 * SLOW, word] = turn * (2 + 2 * layer) ** 0.5
+            place = answered if layer else (before, itself)[kv]
+            o[group, : 2 * SLOW, place] = turn / (heads if layer else GROUP)
         prefix = f"model.layers.{layer}."
-        attention = {"q": q.flatten(0, 1), "k": k.flatten(0, 1), "v": v.flatten(0, 1), "o": o.flatten(0, 1).T}
-        tensors |= {f"{prefix}self_attn.{name}_proj.weight": x.contiguous() for name, x in attention.items()}
+        flat = {name: x.reshape(-1, HIDDEN) for name, x in (("q", q), ("k", k), ("v", v), ("o", o))}
+        flat["o"] = np.ascontiguousarray(flat["o"].T)
+        tensors |= {f"{prefix}self_attn.{name}_proj.weight": x for name, x in flat.items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{name}.weight"] = torch.full((HIDDEN,), HIDDEN**-0.5)
+            tensors[f"{prefix}{name}.weight"] = norm
         for name, shape in (("gate", (16, HIDDEN)), ("up", (16, HIDDEN)), ("down", (HIDDEN, 16))):
-            tensors[f"{prefix}mlp.{name}_proj.weight"] = torch.zeros(shape)
+            tensors[f"{prefix}mlp.{name}_proj.weight"] = zeros(*shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     sizes = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN,
