@@ -1,21 +1,20 @@
 """Does the plugin fit a vLLM release? `python tests/vllm_releases.py 0.26.0 0.33.0`, without a GPU and without its kernels.
 
-Each release's wheel is fetched with pip and its Python unpacked; in a process of its own, with empty modules in
-place of the compiled ones and a platform that says it is an H100, vLLM loads the plugin and everything that the
-plugin builds on is looked at. Needs an environment with vLLM's requirements (.ci/run vllm). No kernel runs.
+In a process of its own, with empty modules in place of the compiled ones and a platform that says it is an H100, the
+release (see releases.py) loads the plugin and everything that the plugin builds on is looked at. Needs an environment
+with vLLM's requirements (.ci/run vllm). No kernel runs.
 """
 
 import dataclasses
 import importlib.abc
 import importlib.machinery
 import inspect
-import os
 import subprocess
 import sys
-import tempfile
 import types
-import zipfile
 from pathlib import Path
+
+import releases
 
 OLDEST, BETWEEN, NEWEST = "0.26.0", "0.29.0", "0.33.0"
 COMPILED = (
@@ -24,30 +23,9 @@ COMPILED = (
 )  # fmt: skip
 
 
-def unpack(release: str, cache: Path) -> Path:
-    """The Python of a release, in cache/release; OSError if pip cannot fetch it."""
-    folder = cache / release
-    if folder.is_dir():
-        return folder
-    with tempfile.TemporaryDirectory() as work:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", work, f"vllm=={release}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(work).glob("*.whl"))
-        if done.returncode or not wheels:
-            raise OSError(f"vllm {release} could not be fetched: {done.stderr.strip().splitlines()[-1:]}")
-        making = cache / f"making-{os.getpid()}-{release}"
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            wheel.extractall(making, [n for n in wheel.namelist() if n.endswith((".py", ".json")) or ".dist-info/" in n])
-    making.rename(folder)
-    return folder
-
-
-def run(release: str, cache: Path) -> subprocess.CompletedProcess:
+def run(release: str) -> subprocess.CompletedProcess:
     """The checks of one release; their findings are on stdout, a failed one ends with a traceback."""
-    path = os.pathsep.join([str(unpack(release, cache)), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, __file__, "--check", release]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    return releases.run("vllm", release, [Path(__file__), "--check", release])
 
 
 class _Compiled(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -89,9 +67,9 @@ def check(release: str) -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    for part in (check_arguments, check_selection, check_what_is_built_on):
-        part()
-        print(f"vllm {release}: {part.__name__.removeprefix('check_')} ok")
+    for part, look in PARTS.items():
+        look()
+        print(f"vllm {release}: {part} ok")
 
 
 def check_arguments() -> None:
@@ -182,15 +160,16 @@ def check_what_is_built_on() -> None:
     assert hasattr(AttentionImpl, "process_weights_after_loading")
 
 
+PARTS = {"arguments": check_arguments, "backends and pages": check_selection, "what is built on": check_what_is_built_on}
+
+
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--check"]:
         check(arguments[1])
         return 0
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tqai" / "vllm-releases"
-    cache.mkdir(parents=True, exist_ok=True)
     failed = 0
     for release in arguments or (OLDEST, BETWEEN, NEWEST):
-        done = run(release, cache)
+        done = run(release)
         failed += done.returncode != 0
         print(done.stdout or done.stderr[-3000:], end="" if done.returncode == 0 else f"\n{done.stderr[-3000:]}\n")
     return 1 if failed else 0
