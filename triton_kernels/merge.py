@@ -14,6 +14,22 @@ WARPS = 4
 MERGE_VARIANTS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
+@triton.jit
+def _load_parts(
+    partial, lse, row, valid, split, num_splits, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+):
+    """Of each row some splits: log-sum-exp [ROWS, LANES] and results [ROWS * LANES, DP]."""
+    d = tl.arange(0, DP)
+    at = row[:, None] * num_splits + split[None, :]
+    inside = valid[:, None] & (split < num_splits)[None, :]
+    e = tl.load(lse + at, mask=inside, other=-1e30)
+    part = tl.load(
+        partial + tl.reshape(at, [ROWS * LANES])[:, None] * D + d[None, :],
+        mask=tl.reshape(inside, [ROWS * LANES])[:, None] & (d < D)[None, :], other=0.0,
+    )
+    return e, part
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def _merge_kernel(
     partial, lse, out_ptr, sinks, lse_out, hadamard, norms, num_rows, num_splits, out_stride, value_unit,
@@ -26,32 +42,32 @@ def _merge_kernel(
     valid = row < num_rows
     lane = tl.arange(0, LANES)
     d = tl.arange(0, DP)
+    # Asked for before the matrix, whose way into shared memory waits for it; later parts before those here are used.
+    e, part = _load_parts(partial, lse, row, valid, lane, num_splits, D, DP, ROWS, LANES)
     matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
     norm = tl.load(norms + d)
     top = tl.full([ROWS], -1e30, tl.float32)
     if SINKS:
         sink = tl.load(sinks + row % NUM_Q_HEADS, mask=valid, other=0.0) * 1.4426950408889634
         top = sink
-    for chunk in tl.static_range(CHUNKS):
-        split = chunk * LANES + lane
-        inside = valid[:, None] & (split < num_splits)[None, :]
-        e = tl.load(lse + row[:, None] * num_splits + split[None, :], mask=inside, other=-1e30)
-        top = tl.maximum(top, tl.max(e, 1))
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS * LANES, DP], tl.float32)
     for chunk in tl.static_range(CHUNKS):
-        split = chunk * LANES + lane
-        at = row[:, None] * num_splits + split[None, :]
-        inside = valid[:, None] & (split < num_splits)[None, :]
-        e = tl.load(lse + at, mask=inside, other=-1e30)
+        next_e, next_part = e, part
+        if chunk + 1 < CHUNKS:
+            split = (chunk + 1) * LANES + lane
+            next_e, next_part = _load_parts(partial, lse, row, valid, split, num_splits, D, DP, ROWS, LANES)
+        new_top = tl.maximum(top, tl.max(e, 1))
         # 0 for a split that saw no token, NaN for one that saw a flagged vector.
-        w = tl.where(e != e, e, tl.where(e > -1e29, tl.exp2(e - top[:, None]), 0.0))
+        w = tl.where(e != e, e, tl.where(e > -1e29, tl.exp2(e - new_top[:, None]), 0.0))
+        if CHUNKS > 1:
+            decay = tl.exp2(top - new_top)
+            total *= decay
+            acc *= tl.reshape(tl.broadcast_to(decay[:, None], [ROWS, LANES]), [ROWS * LANES])[:, None]
+        top = new_top
         total += tl.sum(w, 1)
-        part = tl.load(
-            partial + tl.reshape(at, [ROWS * LANES])[:, None] * D + d[None, :],
-            mask=tl.reshape(inside, [ROWS * LANES])[:, None] & (d < D)[None, :], other=0.0,
-        )
         acc += part * tl.reshape(w, [ROWS * LANES])[:, None]
+        e, part = next_e, next_part
     if SINKS:
         total += tl.exp2(sink - top)
     if LSE_OUT:
