@@ -93,14 +93,19 @@ def test_key_means_are_those_of_the_keys_before_rope(original, tmp_path, capsys)
     torch.testing.assert_close(torch.tensor(layers[1].means[0]).float(), keys[4:].mean(0), rtol=1e-3, atol=1e-4)
     # Two query heads of 32 coordinates, and scores are divided by the root of 32.
     assert layers[1].query_energy[0] == pytest.approx(queries.square().sum(-1).mean().item() / 2 / 32**2, rel=1e-3)
+    # Of both coordinates of each pair that RoPE turns; it leaves them as they are.
+    squares = [x.square().mean(0).view(-1, 2, 16).sum(1).mean(0) for x in (queries, keys[4:])]
+    torch.testing.assert_close(torch.from_numpy(layers[1].squares).float(), torch.stack(squares), rtol=1e-3, atol=1e-5)
 
 
 def test_damaged_key_means_are_refused(tmp_path):
     assert key_mean_file.read(tmp_path) is None
     for text in ("[]", "{}", '{"version": 2, "layers": {}}', '{"version": 1, "layers": []}', '{"version": 1, "layers": {"0": [1]}}',
-                 '{"version": 1, "layers": {"0": {"means": [[NaN]], "query_energy": [1]}}}',
-                 '{"version": 1, "layers": {"0": {"means": [[1]], "query_energy": [1, 2]}}}',
-                 '{"version": 1, "layers": {"x": {"means": [[1]], "query_energy": [1]}}}'):  # fmt: skip
+                 '{"version": 1, "layers": {"0": {"means": [[NaN, 1]], "query_energy": [1], "squares": [[1], [1]]}}}',
+                 '{"version": 1, "layers": {"0": {"means": [[1, 1]], "query_energy": [1, 2], "squares": [[1], [1]]}}}',
+                 '{"version": 1, "layers": {"0": {"means": [[1, 1]], "query_energy": [1], "squares": [[1]]}}}',
+                 '{"version": 1, "layers": {"0": {"means": [[1, 1]], "query_energy": [1]}}}',
+                 '{"version": 1, "layers": {"x": {"means": [[1, 1]], "query_energy": [1], "squares": [[1], [1]]}}}'):  # fmt: skip
         (tmp_path / key_mean_file.NAME).write_text(text)
         with pytest.raises(ValueError, match="key_means.json is damaged: .*; convert the model again"):
             key_mean_file.read(tmp_path)

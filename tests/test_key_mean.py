@@ -77,7 +77,7 @@ def test_attention_over_keys_with_a_mean_is_far_closer_with_it():
 def test_a_mean_pays_where_scores_are_noisier_than_values():
     means = np.zeros((2, HEAD_DIM))
     means[:, 3] = 10
-    layer = lambda energy: key_mean.LayerMeans(means, np.array([energy, energy]))
+    layer = lambda energy: key_mean.LayerMeans(means, np.array([energy, energy]), np.ones((2, HEAD_DIM // 2)))
     pairs = key_mean.choose_pairs(key_mean.energy(means))
     assert key_mean.kept_energy(layer(0.2), pairs) == pytest.approx(20)
     pays = lambda k, v, energy: key_mean.pays(KVFormat(k, v, HEAD_DIM), key_mean.kept_energy(layer(energy), pairs))

@@ -7,6 +7,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
 
+import numpy as np
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
@@ -53,14 +54,26 @@ def test_queries_take_what_keys_give(kind):
     module = attention(kind)
     module.q_norm.weight.data[5] = -1 if kind is GemmaRMSNorm else 0  # a coordinate that is not used
     before = gains(module)
-    assert key_balance.apply(module, config(module)) == {module.attn}
+    assert key_balance.layers(module, config(module)) == {module.attn: module}
+    key_balance.balance(module, None)
     q, k = gains(module)
     both = before[0] * before[1]
     assert not torch.equal(q, before[0]) and (q * k - both).square().sum() < 1e-5 * both.square().sum(), "8-bit codes: 6e-5"
     if kind is RMSNorm:
         assert torch.equal(q * k, both), "powers of two round nothing"
-    key_balance.apply(module, config(module))
+    key_balance.balance(module, None)
     assert torch.equal(gains(module)[0], q) and torch.equal(gains(module)[1], k), "once is enough"
+
+
+def test_what_a_text_says_counts_before_what_the_weights_say():
+    module = attention()
+    before = gains(module)
+    squares = np.ones((2, HEAD_DIM // 2))
+    squares[1, 3] = 16**2  # keys are large there
+    key_balance.balance(module, squares)
+    s = torch.ones(HEAD_DIM)
+    s[[3, 3 + HEAD_DIM // 2]] = 4
+    assert torch.equal(gains(module)[0], before[0] * s) and torch.equal(gains(module)[1], before[1] / s)
 
 
 def test_what_it_must_leave_alone():
@@ -74,9 +87,7 @@ def test_what_it_must_leave_alone():
         (attention(), {"speculative_config": SimpleNamespace(method="eagle")}),
         (attention(), {"layers": {"reader": reader}}),  # whose queries are not multiplied
     ):
-        before = gains(module) if isinstance(module.q_norm.weight, torch.nn.Parameter) else []
-        assert key_balance.apply(module, config(module, **changes)) == set()
-        assert all(torch.equal(x, y) for x, y in zip(before, gains(module)))
+        assert not key_balance.layers(module, config(module, **changes))
     uncompressed = attention()
     uncompressed.attn.impl = SimpleNamespace()
-    assert key_balance.apply(uncompressed, config(uncompressed)) == set()
+    assert not key_balance.layers(uncompressed, config(uncompressed))

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import reference
 from .codebook import Codebook
+from .key_balance import pair_squares
 from .kv_format import KVFormat
 from .rotation import Rotation
 
@@ -35,16 +36,21 @@ VALUES_SHARE = 2.0
 @dataclass(frozen=True)
 class LayerMeans:
     """Of the KV heads of a layer: means float [heads, head_dim] of keys before RoPE, and query_energy float [heads], the
-    mean of softmax_scale^2 |q|^2 / head_dim over their queries: the variance of a score whose key is off by noise of energy 1."""
+    mean of softmax_scale^2 |q|^2 / head_dim over their queries: the variance of a score whose key is off by noise of energy 1.
+    squares float [2, head_dim / 2]: key_balance.pair_squares of all queries and of all keys, their means."""
 
     means: np.ndarray
     query_energy: np.ndarray
+    squares: np.ndarray
 
 
-def query_energy(queries: np.ndarray, kv_heads: int, softmax_scale: float) -> np.ndarray:
-    """LayerMeans.query_energy of queries [tokens, q_heads, head_dim]."""
-    squares = (queries.reshape(len(queries), kv_heads, -1, queries.shape[-1]) ** 2).sum(-1)
-    return squares.mean((0, 2)) * (softmax_scale**2 / queries.shape[-1])
+def measure(keys: np.ndarray, queries: np.ndarray, cos: np.ndarray, sin: np.ndarray, softmax_scale: float) -> LayerMeans:
+    """Of a text's keys [tokens, heads, head_dim] and queries [tokens, q_heads, head_dim], both after RoPE with cos and sin
+    [tokens, head_dim / 2]. The attention sinks count among the queries only."""
+    plain = before_rope(keys, cos, sin)[FIRST_TOKEN:]
+    energy = (queries.reshape(len(queries), keys.shape[1], -1, queries.shape[-1]) ** 2).sum(-1).mean((0, 2))
+    squares = np.stack([pair_squares(x).mean((0, 1)) for x in (queries, plain)])
+    return LayerMeans(plain.mean(0), energy * (softmax_scale**2 / queries.shape[-1]), squares)
 
 
 @functools.lru_cache(None)
@@ -117,11 +123,6 @@ def term(table: np.ndarray, coefficients: np.ndarray, pairs: np.ndarray, head_di
     out = np.zeros((len(table), len(coefficients), head_dim), np.float32)
     out[..., pairs], out[..., pairs + head_dim // 2] = sums[:, :, 0], sums[:, :, 1]
     return out
-
-
-def mean_before_rope(keys: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """The mean [heads, head_dim] of keys as before_rope takes them, but for the attention sinks."""
-    return before_rope(keys, cos, sin)[FIRST_TOKEN:].mean(0)
 
 
 def before_rope(keys: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""The file of a converted folder that holds the mean key of each layer (key_mean.py)."""
+"""The file of a converted folder that holds each layer's mean key and what else a text says of it (key_mean.LayerMeans)."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,14 @@ from .converted_folder import FOLDER_VERSION
 from .key_mean import LayerMeans
 
 NAME = "key_means.json"
+FIELDS = tuple(field.name for field in fields(LayerMeans))
 LARGEST = 1 << 26  # bytes; of Llama-3.1-405B they would have some 3 million
 
 
 def write(folder: Path, layers: dict[int, LayerMeans]) -> None:
     """For servers; layers by number."""
-    numbers = lambda x: [float(f"{value:.6g}") for value in x]
-    held = {
-        str(n): {"means": [numbers(mean) for mean in layer.means], "query_energy": numbers(layer.query_energy)}
-        for n, layer in layers.items()
-    }
+    rounded = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
+    held = {str(n): {name: rounded(getattr(layer, name)).tolist() for name in FIELDS} for n, layer in layers.items()}
     (folder / NAME).write_text(json.dumps({"version": FOLDER_VERSION, "layers": held}) + "\n")
 
 
@@ -40,9 +39,11 @@ def read(folder: str | Path) -> dict[int, LayerMeans] | None:
 
 
 def _layer_means(held: dict) -> LayerMeans:
-    layer = LayerMeans(np.array(held["means"], np.float64), np.array(held["query_energy"], np.float64))
+    layer = LayerMeans(*(np.array(held[name], np.float64) for name in FIELDS))
     if layer.means.ndim != 2 or layer.query_energy.shape != layer.means.shape[:1]:
         raise ValueError("a layer has other than a mean and an energy for each head")
-    if not all(np.isfinite(x).all() for x in (layer.means, layer.query_energy)):
+    if layer.squares.shape != (2, layer.means.shape[1] // 2):
+        raise ValueError("a layer has other than squares of queries and keys for each pair of coordinates")
+    if not all(np.isfinite(getattr(layer, name)).all() for name in FIELDS):
         raise ValueError("it holds what is no number")
     return layer

@@ -25,10 +25,9 @@ def learn(model, tokenizer) -> dict[int, LayerMeans]:
     def attention(module, query, key, value, *args, scaling=None, **kwargs):
         keys = key[0].transpose(0, 1).float()
         cos, sin = (x.cpu().numpy() for x in _half_turns(model, module.layer_idx, keys, positions))
-        means = key_mean.mean_before_rope(keys.cpu().numpy(), cos, sin)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         queries = query[0].transpose(0, 1).float().cpu().numpy()
-        found[module.layer_idx] = LayerMeans(means, key_mean.query_energy(queries, key.shape[1], scale))
+        found[module.layer_idx] = key_mean.measure(keys.cpu().numpy(), queries, cos, sin, scale)
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, *args, scaling=scaling, **kwargs)
 
     AttentionInterface.register(NAME, attention)

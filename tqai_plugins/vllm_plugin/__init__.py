@@ -6,9 +6,9 @@ _registered = False
 
 
 def _prepare_keys(model, config) -> None:
-    from . import key_balance, key_mean  # only a worker loads a model
+    from . import key_mean  # only a worker loads a model
 
-    key_mean.learn(model, config, key_balance.apply(model, config))
+    key_mean.learn(model, config)
 
 
 def register() -> None:

@@ -1,33 +1,24 @@
-"""Balance of keys and queries (core/key_balance.py) in the norms of a served model, once its weights are there. What is off
-with --additional-config '{"tqai": {"key_mean": false}}'."""
+"""Balance of keys and queries (core/key_balance.py) in the weights of a served model's norms."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 
 from tqai_plugins.core import key_balance
 from tqai_plugins.core.key_mean import may_pay
 
-from .key_mean import is_plain
 from .options import Options
-
-logger = init_logger("vllm.tqai")
 
 NAMES = ("q_norm", "k_norm")
 
 
-def apply(model: torch.nn.Module, config) -> set[torch.nn.Module]:
-    """Balance the compressed layers of `model` that norm each head's queries and keys; returns them, and says so in the log."""
+def layers(model: torch.nn.Module, config) -> dict[torch.nn.Module, torch.nn.Module]:
+    """The compressed attention layers that can be balanced, each with the module that it is part of."""
     if not Options.of(config).key_mean:
-        return set()
-    found = {layer: module for module in model.modules() for layer in module.children() if _can(layer, module, config)}
-    for module in found.values():
-        scale(module)
-    if found:
-        logger.info("tqai: the keys of %d layers are in balance with their queries, by the weights of their norms", len(found))
-    return set(found)
+        return {}
+    return {layer: module for module in model.modules() for layer in module.children() if _can(layer, module, config)}
 
 
 def _can(layer: torch.nn.Module, module: torch.nn.Module, config) -> bool:
@@ -37,6 +28,18 @@ def _can(layer: torch.nn.Module, module: torch.nn.Module, config) -> bool:
         return False
     drafts = config.speculative_config is not None and config.speculative_config.method not in ("ngram", "suffix")
     return not drafts and layer.layer_name not in _lent(config) and _has_norms(module, layer.head_size)
+
+
+def is_plain(rope, head_dim: int, positions: int = 0) -> bool:
+    """Whether it turns all pairs (i, i + head_dim / 2) by one position, and knows so many positions."""
+    cache = getattr(rope, "cos_sin_cache", None)
+    return (
+        isinstance(cache, torch.Tensor)
+        and getattr(rope, "is_neox_style", False)
+        and not hasattr(rope, "mrope_section")
+        and cache.shape[1] == head_dim
+        and cache.shape[0] >= positions
+    )
 
 
 def _lent(config) -> set[str | None]:
@@ -56,14 +59,17 @@ def _has_norms(module: torch.nn.Module, head_dim: int) -> bool:
 
 
 @torch.no_grad()
-def scale(module: torch.nn.Module) -> None:
-    """Multiply the queries of an attention module, and divide its keys; done again, it changes nothing.
+def balance(module: torch.nn.Module, squares: np.ndarray | None) -> None:
+    """Multiply the queries of an attention module and divide its keys, by their squares (LayerMeans), or without such by
+    the weights of their norms.
 
     Gemma's weights are one less than what they multiply by, so that they are rounded: the keys' make up for the queries'.
     """
     queries, keys = (getattr(module, name) for name in NAMES)
     before = _gain(queries), _gain(keys)
-    s = key_balance.factors(key_balance.exponents(*(x.cpu().numpy() for x in before)))
+    if squares is None:
+        squares = key_balance.pair_squares(torch.stack(before).cpu().numpy())
+    s = key_balance.factors(key_balance.exponents(*squares))
     by = torch.tensor(s, dtype=torch.float32, device=before[0].device)
     _set_gain(queries, before[0] * by)
     now = _gain(queries)

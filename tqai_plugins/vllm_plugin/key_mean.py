@@ -1,14 +1,15 @@
-"""Key means of a served model (core/key_mean.py), learned when its weights are there and then fixed:
---additional-config '{"tqai": {"key_mean": false}}' leaves them out.
+"""Key means of a served model (core/key_mean.py) and the balance of its keys (key_balance.py), learned when its weights are
+there and then fixed: --additional-config '{"tqai": {"key_mean": false}}' leaves both out.
 
-The model reads a built-in text once, with exact attention, and each layer's mean key before RoPE is noted, unless a folder of
-`tqai convert --key-means` brings them. They do not depend on requests, and ranks learn what one rank would, so all pages of
+The model reads a built-in text once, with exact attention, and each layer's keys before RoPE and its queries are measured, unless
+a folder of `tqai convert --key-means` brings what is needed. They do not depend on requests, and ranks learn what one rank would, so all pages of
 a server agree.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,13 +29,13 @@ from tqai_plugins.core.texts import PROSE
 from tqai_plugins.torch_kernels.key_mean import KeyMean
 from tqai_plugins.torch_kernels.paged import dense_attention
 
-from . import compat, metrics
+from . import compat, key_balance, metrics
 from .options import Options
 
 logger = init_logger("vllm.tqai")
 
-# While the model reads: keys, values and query energies (LayerMeans) of each layer, by its name.
-_read: dict[str, tuple[torch.Tensor, torch.Tensor, np.ndarray]] | None = None
+# While the model reads: keys, values and queries of each layer, by its name.
+_read: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
 
 
 def read(impl, layer, query, key, value, output):
@@ -44,7 +45,7 @@ def read(impl, layer, query, key, value, output):
     query = query.view(-1, impl.num_heads, impl.head_size).float()
     if impl.kv_sharing_target_layer_name is None:
         k, v = (x.view(-1, impl.num_kv_heads, impl.head_size).float() for x in (key, value))
-        _read[layer.layer_name] = k, v, key_mean.query_energy(query.cpu().numpy(), impl.num_kv_heads, impl.scale)
+        _read[layer.layer_name] = k, v, query
     k, v, _ = _read[impl.kv_sharing_target_layer_name or layer.layer_name]
     out = dense_attention(
         query, k, v, impl.scale, sliding_window=impl.window, soft_cap=impl.soft_cap, sinks=impl.sinks
@@ -73,24 +74,30 @@ def why_none(config) -> str | None:
     return None
 
 
-def learn(model: torch.nn.Module, config, balanced: set[torch.nn.Module]) -> None:
-    """Give the compressed layers of `model` a key mean where it pays; say in the log what was done.
+def learn(model: torch.nn.Module, config) -> None:
+    """Balance the compressed layers of `model` that can be, give the others a key mean where it pays, and say so in the log.
 
-    balanced: layers whose keys are in balance with their queries (key_balance.py). A mean took nothing more from their
-    distance to the uncompressed model, and costs time to read.
+    A mean took nothing more from what balance leaves of the distance to the uncompressed model, and costs time to read.
     """
     reason = why_none(config)
     start = time.perf_counter()
-    with_rope = {} if reason else _layers(model, config, balanced)
+    balanced = key_balance.layers(model, config)
+    with_rope = {} if reason else _layers(model, config)
     if not with_rope and reason is None:
-        reason = "those in balance need none" if balanced else "no layer with keys below 8 bits and RoPE of the common form"
+        reason = "no layer with keys below 8 bits and RoPE of the common form"
     stored = _stored_means(with_rope, config)
+    found = stored or _means_of_text(with_rope, model, config)
     number = 0
-    for layer, (means, pairs, kept) in (stored or _means_of_text(with_rope, model, config)).items():
-        if key_mean.pays(layer.impl.fmt, kept):
-            layer.impl.key_mean = _key_mean(means, pairs, with_rope[layer], config)
+    for layer, (measured, pairs, kept) in found.items():
+        if layer not in balanced and key_mean.pays(layer.impl.fmt, kept):
+            layer.impl.key_mean = _key_mean(measured.means, pairs, with_rope[layer], config)
             number += 1
+    for layer, module in balanced.items():
+        key_balance.balance(module, found[layer][0].squares if layer in found else None)
     metrics.set_key_means(config, number)
+    if balanced:
+        source = "what they are in a text" if found else "the weights of their norms"
+        logger.info("tqai: the keys of %d layers are stored in balance with their queries, by %s", len(balanced), source)
     if reason:
         logger.info("tqai: keys are stored without a key mean: %s", reason)
     else:
@@ -101,31 +108,19 @@ def learn(model: torch.nn.Module, config, balanced: set[torch.nn.Module]) -> Non
         )  # fmt: skip
 
 
-def _layers(model: torch.nn.Module, config, without: set[torch.nn.Module]) -> dict:
+def _layers(model: torch.nn.Module, config) -> dict:
     """Attention layer -> its RoPE, of those that may profit and whose RoPE is of the form that core.key_mean knows."""
     found = {}
     for module in model.modules():
         rope = getattr(module, "rotary_emb", None)
         for layer in module.children():
             impl = getattr(layer, "impl", None)
-            if impl is None or impl.kv_sharing_target_layer_name is not None or layer in without:
+            if impl is None or impl.kv_sharing_target_layer_name is not None:
                 continue
-            fits = layer.head_size >= key_mean.COLUMNS and is_plain(rope, layer.head_size, config.model_config.max_model_len)
+            fits = layer.head_size >= key_mean.COLUMNS and key_balance.is_plain(rope, layer.head_size, config.model_config.max_model_len)
             if fits and key_mean.may_pay(impl.fmt):
                 found[layer] = rope
     return found
-
-
-def is_plain(rope, head_dim: int, positions: int = 0) -> bool:
-    """Whether it turns all pairs (i, i + head_dim / 2) by one position, and knows so many positions."""
-    cache = getattr(rope, "cos_sin_cache", None)
-    return (
-        isinstance(cache, torch.Tensor)
-        and getattr(rope, "is_neox_style", False)
-        and not hasattr(rope, "mrope_section")
-        and cache.shape[1] == head_dim
-        and cache.shape[0] >= positions
-    )
 
 
 def _tokens(config) -> torch.Tensor:
@@ -139,7 +134,7 @@ def _tokens(config) -> torch.Tensor:
 
 
 def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
-    """Layer -> the means [kv_heads, head_dim] of this rank's heads, and of all ranks' the pairs and their kept_energy."""
+    """Layer -> what is measured of this rank's heads, and of all ranks' the pairs and their kept_energy; squares are all ranks'."""
     global _read
     if not layers:
         return {}
@@ -153,12 +148,13 @@ def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
         _read = None
     found = {}
     for layer, rope in layers.items():
-        keys, _, query_energy = read[layer.layer_name]
-        means = key_mean.mean_before_rope(keys.cpu().numpy(), *_turns(rope, len(keys)))
-        mine = key_mean.LayerMeans(means, query_energy)
+        keys, queries = (x.cpu().numpy() for x in read[layer.layer_name][::2])
+        cos, sin = _turns(rope, len(keys))
+        mine = key_mean.measure(keys, queries, cos, sin, layer.impl.scale)
+        mine = replace(mine, squares=_sum_of_ranks(mine.squares, device))
         pairs = key_mean.choose_pairs(_sum_of_ranks(key_mean.energy(mine.means), device))
         kept = _sum_of_ranks(np.array([key_mean.kept_energy(mine, pairs)]), device)[0]
-        found[layer] = mine.means, pairs, kept / get_tensor_model_parallel_world_size()
+        found[layer] = mine, pairs, kept / get_tensor_model_parallel_world_size()
     return found
 
 
@@ -182,7 +178,7 @@ def _stored_means(layers: dict, config) -> dict | None:
             )
         first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
         pairs = key_mean.choose_pairs(key_mean.energy(held[number].means))
-        mine = held[number].means[first : first + layer.num_kv_heads]
+        mine = replace(held[number], means=held[number].means[first : first + layer.num_kv_heads])
         found[layer] = mine, pairs, key_mean.kept_energy(held[number], pairs)
     return found
 
