@@ -125,6 +125,8 @@ API = (
     | option("device", "expected the model's", "warp", 3.5, "cuda:-1", [])
     | option("backend", "allowed are 'auto', 'torch' and 'mlx'", "", "cuda", "MLX", 1)
     | option("layer_formats", "expected a mapping such as", [], "tqai", 3)
+    | option("key_factors", "expected a mapping such as", [], "tqai", 3)
+    | option("key_factors", "expected powers of two", {0: ()}, {0: (3.0,)}, {0: (0.0,)}, {0: (-2.0,)}, {0: (INFINITE,)}, {0: "4"}, {0: 4})
     | option("config", "expected one of kv-only.*a format such as", "", "kv-onli", 5, b"tqai", "/no/such/file.json", [])
     | option("compress_hidden", "allowed are True and False", 1, "yes")
     | option("bits_hidden", "allowed are the whole numbers 2 to 8", 1, 9, 8.0, "8")

@@ -1,6 +1,6 @@
 """tqai for Hugging Face transformers."""
 
-from . import activations
+from . import activations, key_balance
 from .kv_cache import Cache, CacheOptions
 
-__all__ = ["Cache", "CacheOptions", "activations"]
+__all__ = ["Cache", "CacheOptions", "activations", "key_balance"]

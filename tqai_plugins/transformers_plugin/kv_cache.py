@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..core.kv_format import DEFAULT_BITS, check_width, parse_name
+from ..core.kv_format import DEFAULT_BITS, check_width, parse_name, shown
 from .stored_states import StoredStates
 from .vector_store import Counts, Snapshot, VectorStore
 
@@ -32,6 +33,8 @@ class CacheOptions:
     use_qjl: the paper's second stage for keys: qjl_sketch_size signs and a norm a key more, read densely.
         Off, since it was measured to make answers worse at every width (core.qjl); raise bits_k instead.
     layer_formats: layer -> format name such as 'tqai_k8v4', for layers that get other widths than bits_k and bits_v.
+    key_factors: layer -> head_dim powers of two that its keys are divided by before they are coded, so that they are in
+        balance with queries; key_balance.of(model) finds them, and tqai.patch takes them from there.
     """
 
     bits_k: int = DEFAULT_BITS[0]
@@ -44,6 +47,7 @@ class CacheOptions:
     cache_strategy: str = "auto"
     residual_window: int = 128
     layer_formats: Mapping[int, str] | None = None
+    key_factors: Mapping[int, Sequence[float]] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         check_width("bits_k", self.bits_k)
@@ -68,6 +72,12 @@ class CacheOptions:
         for layer, name in (self.layer_formats or {}).items():
             _check_count("a layer of layer_formats", layer, 0)
             parse_name(name)
+        if not isinstance(self.key_factors, (Mapping, type(None))):
+            raise ValueError(f"key_factors is {shown(self.key_factors)}; expected a mapping such as that of key_balance.of(model)")
+        for layer, factors in (self.key_factors or {}).items():
+            _check_count("a layer of key_factors", layer, 0)
+            if not isinstance(factors, Sequence) or not factors or not all(map(_is_power_of_two, factors)):
+                raise ValueError(f"key_factors is {shown(factors)} for layer {layer}; expected powers of two, one for each coordinate")
 
     def of_layer(self, layer: int) -> CacheOptions:
         """The options for one layer of the model."""
@@ -76,6 +86,10 @@ class CacheOptions:
             return self
         bits_k, bits_v = parse_name(name)
         return replace(self, bits_k=bits_k, bits_v=bits_v)
+
+    def factors_of(self, layer: int) -> Sequence[float] | None:
+        """key_factors of one layer whose keys are coded; at 8 bits they are exact enough."""
+        return (self.key_factors or {}).get(layer) if self.of_layer(layer).bits_k < 8 else None
 
     @classmethod
     def of(cls, **given) -> CacheOptions:
@@ -103,12 +117,16 @@ def _check_count(name: str, value: int, lowest: int) -> None:
         raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {lowest}")
 
 
+def _is_power_of_two(x: object) -> bool:
+    return isinstance(x, (int, float)) and 0 < x < math.inf and math.frexp(x)[0] == 0.5
+
+
 class CompressedLayer(DynamicLayer):
     """One attention layer. Stored states are detached: no gradient flows through the cache."""
 
-    def __init__(self, options: CacheOptions, counts: Counts):
+    def __init__(self, options: CacheOptions, counts: Counts, factors: Sequence[float] | None = None):
         super().__init__()
-        self.options, self.counts = options, counts
+        self.options, self.counts, self.factors = options, counts, factors
         self.stores: tuple[VectorStore, ...] = ()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -120,11 +138,16 @@ class CompressedLayer(DynamicLayer):
             )
         keep_dense = self.options.cache_strategy == "incremental"
         sketch_size = self.options.qjl_sketch_size if self.options.use_qjl else 0
+        factors = None
+        if self.factors is not None:
+            if len(self.factors) != key_states.shape[-1]:
+                raise ValueError(f"key_factors has {len(self.factors)} for a layer of head_dim {key_states.shape[-1]}")
+            factors = torch.tensor(self.factors, device=self.device)
         self.stores = tuple(
-            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size)
-            for states, bits, size in (
-                (key_states, self.options.bits_k, sketch_size),
-                (value_states, self.options.bits_v, 0),
+            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size, by)
+            for states, bits, size, by in (
+                (key_states, self.options.bits_k, sketch_size, factors),
+                (value_states, self.options.bits_v, 0, None),
             )  # fmt: skip
         )
         self.is_initialized = True
@@ -209,7 +232,7 @@ class Cache(TransformersCache):
         layers = DynamicCache(config=config).layers
         # Subclasses of DynamicLayer hold more than keys and values, or drop old ones by themselves.
         layers = [
-            CompressedLayer(self.options.of_layer(i), self.counts) if type(layer) is DynamicLayer else layer
+            CompressedLayer(self.options.of_layer(i), self.counts, self.options.factors_of(i)) if type(layer) is DynamicLayer else layer
             for i, layer in enumerate(layers)
         ]
         for i in self.options.layer_formats or ():

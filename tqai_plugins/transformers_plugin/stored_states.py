@@ -84,7 +84,7 @@ def _attention(
 
 def _scores(query: torch.Tensor, keys: Snapshot) -> torch.Tensor:
     """query keys^T [batch, kv_heads, rows, tokens], the exact tokens first; the query is rotated, not the keys."""
-    turned = query @ codec.level_matrix(Rotation(query.shape[3]), query.device).T
+    turned = query @ keys.matrix.T
     coded = [turned @ levels.mT * scales[:, :, None] for _, levels, scales in keys.tiles()]
     return torch.cat([query @ keys.exact.mT.float(), *coded], -1)
 

@@ -77,12 +77,19 @@ class Snapshot:
     bits: int
     counts: Counts
     sketch: Sketch | None = None
+    factors: torch.Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         """[batch, heads, tokens, head_dim], as of an ordinary tensor of keys."""
         batch, heads, count, head_dim = self.exact.shape
         return torch.Size([batch, heads, count + self.codes.shape[2], head_dim])
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """float32 [head_dim, head_dim] that takes levels times scales back to the model's basis."""
+        matrix = codec.level_matrix(Rotation(self.shape[3]), self.codes.device)
+        return matrix if self.factors is None else matrix * self.factors.to(matrix)
 
     def tiles(self):
         """Slices of the coded tokens with their float32 levels and float16 scales, a bounded number at a time."""
@@ -100,25 +107,28 @@ class Snapshot:
         coded = out[:, :, self.sinks : self.sinks + self.codes.shape[2]]
         out[:, :, : self.sinks] = self.exact[:, :, : self.sinks]
         out[:, :, self.sinks + self.codes.shape[2] :] = self.exact[:, :, self.sinks :]
-        matrix = codec.level_matrix(Rotation(self.shape[3]), self.codes.device)
+        matrix = self.matrix
         for part, levels, scales in self.tiles():
             coded[:, :, part] = levels @ matrix * scales[..., None]
             if self.sketch is not None:
                 signs, norms = self.sketch.signs[:, :, part], self.sketch.norms[:, :, part]
-                coded[:, :, part] += codec.estimate(signs, norms, self.sketch.size, self.shape[3]).to(coded.dtype)
+                left_over = codec.estimate(signs, norms, self.sketch.size, self.shape[3])
+                coded[:, :, part] += (left_over if self.factors is None else left_over * self.factors).to(coded.dtype)
         return out
 
 
 class VectorStore:
-    """Keys or values of one layer: exact first tokens, codes, exact last tokens, which turn to codes in order."""
+    """Keys or values of one layer: exact first tokens, codes, exact last tokens, which turn to codes in order. factors
+    [head_dim]: what keys are divided by before they are coded (core/key_balance.py)."""
 
     def __init__(
         self, first: torch.Tensor, bits: int, sink_tokens: int, window: int, keep_dense: bool, counts: Counts,
-        sketch_size: int = 0,
+        sketch_size: int = 0, factors: torch.Tensor | None = None,
     ):  # fmt: skip
         none = first.detach()[:, :, :0]
         codes, scales = codec.quantize(none, bits)
         self.bits, self.window, self.sink_tokens, self.counts = bits, window, sink_tokens, counts
+        self.factors = factors
         # Room for all exact tokens there can be between two calls.
         self.exact_capacity = sink_tokens + (window + BLOCK if window else 0)
         self.exact = TokenBuffer(none, self.exact_capacity)
@@ -166,13 +176,15 @@ class VectorStore:
     def _encode_oldest(self) -> None:
         exact, first = self.exact.tokens, self.sink_tokens
         last = max(exact.shape[2] - self.window, first)
-        codes, scales = codec.quantize(exact[:, :, first:last], self.bits)
+        leaving = exact[:, :, first:last]
+        if self.factors is not None:
+            leaving = leaving.float() / self.factors.to(leaving.device)
+        codes, scales = codec.quantize(leaving, self.bits)
         self.counts.quantized += scales.numel()
         self.codes.append(codes)
         self.scales.append(scales)
         if self.sketch:
-            leaving = exact[:, :, first:last].float()
-            left_over = leaving - codec.dequantize(codes, scales, self.bits, exact.shape[3])
+            left_over = leaving.float() - codec.dequantize(codes, scales, self.bits, exact.shape[3])
             for buffer, part in zip(self.sketch, codec.sketch(left_over, self.sketch_size)):
                 buffer.append(part)
         # A new buffer, since a snapshot may still look at the old one.
@@ -190,7 +202,7 @@ class VectorStore:
         if self.sketch:
             signs, norms = (buffer.tokens[:, :, coded:] for buffer in self.sketch)
             sketch = Sketch(signs, norms, self.sketch_size)
-        return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch)
+        return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch, self.factors)
 
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens. The window refills with the tokens that follow."""

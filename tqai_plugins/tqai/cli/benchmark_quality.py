@@ -135,12 +135,15 @@ def measure(model, tokens, entries: list[Entry], chunk: int, step):
     """After each window of `tokens` [windows, context]: the rows of the table over all windows so far."""
     from tqai import Cache, fidelity
 
+    from tqai_plugins.transformers_plugin import key_balance
+
+    factors = key_balance.of(model)
     scores = {name: fidelity.Score() for name in (REFERENCE, *fidelity.YARDSTICKS, *(e.name for e in entries))}
     counts = {e.name: [0, 0] for e in entries}
     for window in tokens:
         others = {REFERENCE: fidelity.DynamicCache(config=model.config)}
         others |= {name: fidelity.yardstick(model.config, name) for name in fidelity.YARDSTICKS}
-        compressed = {e.name: Cache(model.config, **e.options) for e in entries}
+        compressed = {e.name: Cache(model.config, key_factors=factors, **e.options) for e in entries}
         fidelity.teacher_forced(model, window[None], len(window) // 2, others | compressed, scores, chunk, step)
         rows = [{"name": REFERENCE, "bits": 8.0 * model.dtype.itemsize} | scores[REFERENCE].summary()]
         rows += [{"name": n, "bits": bits} | scores[n].summary() for n, (_, bits) in fidelity.YARDSTICKS.items()]
