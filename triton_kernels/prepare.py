@@ -54,6 +54,22 @@ def _load_vectors(x_ptr, row_offsets, valid, D: tl.constexpr, DP: tl.constexpr):
 
 
 @triton.jit
+def _rotation(hadamard, norms, DP: tl.constexpr):
+    """To be asked for behind the vectors, which would wait until the matrix lies in shared memory."""
+    d = tl.arange(0, DP)
+    return tl.load(hadamard + d[:, None] * DP + d[None, :]), tl.load(norms + d)
+
+
+@triton.jit
+def _places(slot_ptr, token, inside, pages, head, page_stride, head_stride, PAGE: tl.constexpr):
+    """Where vectors go: page, token in it, and whether they are to be stored; slots are page * PAGE + token, or -1."""
+    slot = tl.load(slot_ptr + token, mask=inside, other=-1).to(tl.int64)
+    valid = slot >= 0
+    slot = tl.maximum(slot, 0)
+    return pages + (slot // PAGE) * page_stride + head * head_stride, slot % PAGE, valid
+
+
+@triton.jit
 def _rotated(x, matrix, norm):
     """float32 [ROWS, DP] rotated vectors. +1 and -1 are exact in any float, sums are float32."""
     return tl.dot(x, matrix, input_precision="ieee") * norm[None, :]
@@ -212,8 +228,6 @@ def _prepare_kernel(
     program = tl.program_id(0)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
-    matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
-    norm = tl.load(norms + d)
     query_programs = tl.cdiv(num_query_rows, ROWS)
     VECTORS: tl.constexpr = ROWS // COPIES
     kv_programs = tl.cdiv(num_kv_rows, VECTORS)
@@ -222,6 +236,7 @@ def _prepare_kernel(
         valid = query_row < num_query_rows
         offsets = (query_row // NUM_Q_HEADS) * q_stride + (query_row % NUM_Q_HEADS) * D
         x = _load_vectors(q_ptr, offsets, valid, D, DP)
+        matrix, norm = _rotation(hadamard, norms, DP)
         if MEAN:  # what the query gives each column of the table; loaded early, since latency is what a decode step pays
             c = tl.arange(0, COLUMNS)
             of_head = (query_row % NUM_Q_HEADS) // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS)
@@ -256,23 +271,18 @@ def _prepare_kernel(
         is_row = row < num_kv_rows
         token = row // NUM_KV_HEADS
         head = row % NUM_KV_HEADS
-        slot = tl.load(slot_ptr + token, mask=is_row, other=-1).to(tl.int64)
-        if MEAN:
-            position = tl.load(position_ptr + token, mask=is_row, other=0)
-        valid = slot >= 0
-        slot = tl.maximum(slot, 0)
-        page = pages_ptr + (slot // PAGE) * page_stride + head * head_stride
-        in_page = slot % PAGE
-        if RECENT:
-            recent_slot = tl.load(recent_slot_ptr + token, mask=is_row, other=-1).to(tl.int64)
-            twin = recent_slot >= 0
-            recent_slot = tl.maximum(recent_slot, 0)
-            recent_page = recent_ptr + (recent_slot // RECENT_PAGE) * recent_page_stride + head * recent_head_stride
-            in_recent = recent_slot % RECENT_PAGE
         if is_key:
-            x = _load_vectors(k_ptr, token.to(tl.int64) * k_stride + head * D, valid, D, DP)
+            x = _load_vectors(k_ptr, token.to(tl.int64) * k_stride + head * D, is_row, D, DP)
+            matrix, norm = _rotation(hadamard, norms, DP)
+            page, in_page, valid = _places(slot_ptr, token, is_row, pages_ptr, head, page_stride, head_stride, PAGE)
+            if RECENT:
+                twin_page, in_twin, twin = _places(
+                    recent_slot_ptr, token, is_row, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
+                )
+                twin = twin & valid  # beyond the step's tokens recent slots are old
             coded = x
             if MEAN:
+                position = tl.load(position_ptr + token, mask=is_row, other=0)
                 inside = valid[:, None] & (d < D)[None, :]
                 mean = mean_term(mean_table, mean_place, mean_coefficients, position, head, inside, D, DP, COLUMNS)
                 coded = (x.to(tl.float32) - mean).to(x.dtype)
@@ -281,21 +291,26 @@ def _prepare_kernel(
                            D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
             if RECENT:
                 if tl.max(twin.to(tl.int32), 0) > 0:
-                    whole = y
                     if MEAN:
-                        whole = _rotated(x, matrix, norm)
-                    _store_vectors(whole, copy, k_table, recent_page, in_recent, 0, 1, D, RECENT_K_SCALES, twin & valid, D,
+                        y = _rotated(x, matrix, norm)
+                    _store_vectors(y, copy, k_table, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
                                    D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
         else:
-            x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, valid, D, DP)
+            x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, is_row, D, DP)
+            matrix, norm = _rotation(hadamard, norms, DP)
+            page, in_page, valid = _places(slot_ptr, token, is_row, pages_ptr, head, page_stride, head_stride, PAGE)
+            if RECENT:
+                twin_page, in_twin, twin = _places(
+                    recent_slot_ptr, token, is_row, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
+                )
+                twin = twin & valid  # beyond the step's tokens recent slots are old
             y = _rotated(x, matrix, norm)
             _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
                            D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
             if RECENT:
                 if tl.max(twin.to(tl.int32), 0) > 0:
-                    _store_vectors(y, copy, v_table, recent_page, in_recent, RECENT_V_CODES, RECENT_PAGE, 1,
-                                   RECENT_V_SCALES, twin & valid, D,
-                                   D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+                    _store_vectors(y, copy, v_table, twin_page, in_twin, RECENT_V_CODES, RECENT_PAGE, 1, RECENT_V_SCALES,
+                                   twin, D, D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
 
 
 LOG2_E = 1.4426950408889634
