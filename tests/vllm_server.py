@@ -19,8 +19,8 @@ ENV = {
 
 
 class Server:
-    def __init__(self, url: str, log: Path):
-        self.url, self.log_file = url, log
+    def __init__(self, url: str, log: Path, pid: int):
+        self.url, self.log_file, self.pid = url, log, pid
 
     @property
     def log(self) -> str:
@@ -48,6 +48,24 @@ class Server:
         assert found, f"{name} is not shown"
         return sum(float(x) for held, x in found if all(f'{k}="{v}"' in held for k, v in labels.items()))
 
+    def processes(self) -> dict[int, str]:
+        """The server, and what it and those started: number -> name."""
+        found, waiting = {}, [self.pid]
+        while waiting:
+            pid = waiting.pop()
+            found[pid] = Path(f"/proc/{pid}/comm").read_text().strip() + Path(f"/proc/{pid}/cmdline").read_text()
+            waiting += map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+        return found
+
+    def process(self, name: str) -> int:
+        """EngineCore, or Worker, which holds the model and the cache."""
+        return next(pid for pid, called in self.processes().items() if f"VLLM::{name}" in called)
+
+    def megabytes(self) -> float:
+        """Memory of its own of the worker."""
+        status = Path(f"/proc/{self.process('Worker')}/status").read_text()
+        return round(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024, 1)
+
 
 @contextlib.contextmanager
 def serve(model, log: Path, *options, until: str | None = None):
@@ -63,7 +81,7 @@ def serve(model, log: Path, *options, until: str | None = None):
         process = subprocess.Popen(
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env=os.environ | ENV, start_new_session=True
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         deadline = time.monotonic() + 300
         while not (until in server.log if until else _answers(server)):
