@@ -98,12 +98,13 @@ def learn(model: torch.nn.Module, config) -> None:
     if balanced:
         source = "what they are in a text" if found else "the weights of their norms"
         logger.info("tqai: the keys of %d layers are stored in balance with their queries, by %s", len(balanced), source)
+    others = len(with_rope.keys() - balanced.keys())
     if reason:
         logger.info("tqai: keys are stored without a key mean: %s", reason)
-    else:
+    elif others:
         logger.info(
             "tqai: the keys of %d of %d layers are stored less their mean, by %d pairs of RoPE, where it pays; %s in %.1f s",
-            number, len(with_rope), key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned",
+            number, others, key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned",
             time.perf_counter() - start,
         )  # fmt: skip
 
