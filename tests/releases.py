@@ -79,7 +79,7 @@ def check_mlx(release: str) -> dict[str, bool]:
     for part, tests in MLX_TESTS.items():
         done = run("mlx-lm", release, ["-m", "pytest", "-q", "-m", "mlx", *tests])
         found[part] = done.returncode == 0 and f"mlx_lm {release}" == _imported("mlx_lm", release)
-        sys.stderr.write("" if done.returncode == 0 else done.stdout[-2000:])
+        sys.stderr.write(f"mlx-lm {release}: {part} {'ok' if found[part] else done.stdout[-2000:]}\n")
     return found
 
 
