@@ -19,7 +19,7 @@ def check(found: dict, least: int) -> None:
 def test_vllm(tmp_path):
     found = load.vllm(follower_model.write(tmp_path / "model"), "tqai", tmp_path / "log", load.Load(32, 40, 0.2))
     check(found, 20)
-    assert found["preemptions"] > 0 == found["blocks in use afterwards"] and found["canary"]["failures"] == 0 < found["canary"]["checks"]
+    assert found["blocks in use afterwards"] == found["canary"]["failures"] == 0 < found["canary"]["checks"]
 
 
 @pytest.mark.mlx
