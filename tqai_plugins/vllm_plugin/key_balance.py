@@ -60,8 +60,8 @@ def _has_norms(module: torch.nn.Module, head_dim: int) -> bool:
 
 @torch.no_grad()
 def balance(module: torch.nn.Module, squares: np.ndarray | None) -> None:
-    """Multiply the queries of an attention module and divide its keys, by their squares (LayerMeans), or without such by
-    the weights of their norms.
+    """Multiply the queries of an attention module and divide its keys, by their squares (LayerMeans) [2, head_dim / 2],
+    or without such by the weights of their norms.
 
     Gemma's weights are one less than what they multiply by, so that they are rounded: the keys' make up for the queries'.
     """
