@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from tqai_plugins.core.kv_format import KVFormat, format_name
-from tqai_plugins.transformers_plugin.kv_cache import Cache, CacheOptions, CompressedLayer
+from tqai_plugins.transformers_plugin import Cache, CacheOptions
+from tqai_plugins.transformers_plugin.kv_cache import CompressedLayer
 from tqai_plugins.transformers_plugin.vector_store import Counts
 
 from . import fidelity

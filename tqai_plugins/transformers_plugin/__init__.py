@@ -1,6 +1,7 @@
 """tqai for Hugging Face transformers."""
 
 from . import activations, key_balance
-from .kv_cache import Cache, CacheOptions
+from .kv_cache import Cache
+from .options import CacheOptions
 
 __all__ = ["Cache", "CacheOptions", "activations", "key_balance"]

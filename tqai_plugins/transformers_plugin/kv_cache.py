@@ -2,123 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Sequence
 
 import torch
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from ..core.kv_format import DEFAULT_BITS, check_width, parse_name, shown
+from .options import CacheOptions
 from .stored_states import StoredStates
 from .vector_store import Counts, Snapshot, VectorStore
-
-STRATEGIES = ("auto", "residual", "full", "incremental")
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What a cache is made of. Every value is checked; ValueError says what is allowed.
-
-    cache_strategy:
-        residual (what auto means)  the last `residual_window` tokens and the first `sink_tokens` are exact,
-                                    the rest are codes. New tokens are coded, in blocks, as they leave the window.
-        full                        codes for all tokens but the sinks, the newest included.
-        incremental                 as full, and a dequantized copy of everything beside the codes:
-                                    the speed of an uncompressed cache, and more memory than one.
-    sink_tokens: default 4 with residual, else 0. They are the first positions, padding included.
-    backend: torch is the only one for a transformers model. device: the model's, which is the default.
-    use_qjl: the paper's second stage for keys: qjl_sketch_size signs and a norm a key more, read densely.
-        Off, since it was measured to make answers worse at every width (core.qjl); raise bits_k instead.
-    layer_formats: layer -> format name such as 'tqai_k8v4', for layers that get other widths than bits_k and bits_v.
-    key_factors: layer -> head_dim powers of two that its keys are divided by before they are coded, so that they are in
-        balance with queries; key_balance.of(model) finds them, and tqai.patch takes them from there.
-    """
-
-    bits_k: int = DEFAULT_BITS[0]
-    bits_v: int = DEFAULT_BITS[1]
-    sink_tokens: int | None = None
-    backend: str | None = None
-    device: str | torch.device | None = None
-    use_qjl: bool = False
-    qjl_sketch_size: int = 64
-    cache_strategy: str = "auto"
-    residual_window: int = 128
-    layer_formats: Mapping[int, str] | None = None
-    key_factors: Mapping[int, Sequence[float]] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        check_width("bits_k", self.bits_k)
-        check_width("bits_v", self.bits_v)
-        if self.sink_tokens is not None:
-            _check_count("sink_tokens", self.sink_tokens, 0)
-        _check_count("residual_window", self.residual_window, 0)
-        _check_count("qjl_sketch_size", self.qjl_sketch_size, 1)
-        if self.cache_strategy not in STRATEGIES:
-            raise ValueError(f"cache_strategy is {self.cache_strategy!r}; allowed are {', '.join(STRATEGIES)}")
-        if self.backend not in (None, "auto", "torch"):
-            raise ValueError(f"backend is {self.backend!r}; a transformers model takes 'torch' or 'auto'")
-        try:
-            torch.device("cpu" if self.device is None else self.device)
-        except (RuntimeError, TypeError) as error:
-            message = f"device is {self.device!r}; expected the model's, e.g. 'cpu' or 'cuda:0', or None"
-            raise ValueError(message) from error
-        if not isinstance(self.use_qjl, bool):
-            raise ValueError(f"use_qjl is {self.use_qjl!r}; allowed are True and False")
-        if not isinstance(self.layer_formats, (Mapping, type(None))):
-            raise ValueError(f"layer_formats is {self.layer_formats!r}; expected a mapping such as {{0: 'tqai_k8v4'}}")
-        for layer, name in (self.layer_formats or {}).items():
-            _check_count("a layer of layer_formats", layer, 0)
-            parse_name(name)
-        if not isinstance(self.key_factors, (Mapping, type(None))):
-            raise ValueError(f"key_factors is {shown(self.key_factors)}; expected a mapping such as that of key_balance.of(model)")
-        for layer, factors in (self.key_factors or {}).items():
-            _check_count("a layer of key_factors", layer, 0)
-            if not isinstance(factors, Sequence) or not factors or not all(map(_is_power_of_two, factors)):
-                raise ValueError(f"key_factors is {shown(factors)} for layer {layer}; expected powers of two, one for each coordinate")
-
-    def of_layer(self, layer: int) -> CacheOptions:
-        """The options for one layer of the model."""
-        name = (self.layer_formats or {}).get(layer)
-        if name is None:
-            return self
-        bits_k, bits_v = parse_name(name)
-        return replace(self, bits_k=bits_k, bits_v=bits_v)
-
-    def factors_of(self, layer: int) -> Sequence[float] | None:
-        """key_factors of one layer whose keys are coded; at 8 bits they are exact enough."""
-        return (self.key_factors or {}).get(layer) if self.of_layer(layer).bits_k < 8 else None
-
-    @classmethod
-    def of(cls, **given) -> CacheOptions:
-        """The same from keyword arguments; ValueError for a name that does not exist."""
-        allowed = [field.name for field in fields(cls)]
-        unknown = [name for name in given if name not in allowed]
-        if unknown:
-            raise ValueError(f"unknown option {unknown[0]!r}; allowed are {', '.join(allowed)}")
-        return cls(**given)
-
-    @property
-    def window(self) -> int:
-        """Newest tokens that stay exact."""
-        return self.residual_window if self.cache_strategy in ("auto", "residual") else 0
-
-    @property
-    def sinks(self) -> int:
-        """First tokens that stay exact."""
-        default = 4 if self.cache_strategy in ("auto", "residual") else 0
-        return default if self.sink_tokens is None else self.sink_tokens
-
-
-def _check_count(name: str, value: int, lowest: int) -> None:
-    if type(value) is not int or value < lowest:
-        raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {lowest}")
-
-
-def _is_power_of_two(x: object) -> bool:
-    return isinstance(x, (int, float)) and 0 < x < math.inf and math.frexp(x)[0] == 0.5
 
 
 class CompressedLayer(DynamicLayer):
@@ -136,7 +29,7 @@ class CompressedLayer(DynamicLayer):
                 f"device is {str(self.options.device)!r} but the model is on {str(self.device)!r}; "
                 "the cache lies where the model is: move the model, or leave device out"
             )
-        keep_dense = self.options.cache_strategy == "incremental"
+        keep_dense = self.options.keep_dense
         sketch_size = self.options.qjl_sketch_size if self.options.use_qjl else 0
         factors = None
         if self.factors is not None:
