@@ -273,13 +273,16 @@ def _prepare_kernel(
         head = row % NUM_KV_HEADS
         if is_key:
             x = _load_vectors(k_ptr, token.to(tl.int64) * k_stride + head * D, is_row, D, DP)
-            matrix, norm = _rotation(hadamard, norms, DP)
-            page, in_page, valid = _places(slot_ptr, token, is_row, pages_ptr, head, page_stride, head_stride, PAGE)
-            if RECENT:
-                twin_page, in_twin, twin = _places(
-                    recent_slot_ptr, token, is_row, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
-                )
-                twin = twin & valid  # beyond the step's tokens recent slots are old
+        else:
+            x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, is_row, D, DP)
+        matrix, norm = _rotation(hadamard, norms, DP)
+        page, in_page, valid = _places(slot_ptr, token, is_row, pages_ptr, head, page_stride, head_stride, PAGE)
+        if RECENT:
+            twin_page, in_twin, twin = _places(
+                recent_slot_ptr, token, is_row, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
+            )
+            twin = twin & valid  # beyond the step's tokens recent slots are old
+        if is_key:
             coded = x
             if MEAN:
                 position = tl.load(position_ptr + token, mask=is_row, other=0)
@@ -296,14 +299,6 @@ def _prepare_kernel(
                     _store_vectors(y, copy, k_table, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
                                    D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
         else:
-            x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, is_row, D, DP)
-            matrix, norm = _rotation(hadamard, norms, DP)
-            page, in_page, valid = _places(slot_ptr, token, is_row, pages_ptr, head, page_stride, head_stride, PAGE)
-            if RECENT:
-                twin_page, in_twin, twin = _places(
-                    recent_slot_ptr, token, is_row, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
-                )
-                twin = twin & valid  # beyond the step's tokens recent slots are old
             y = _rotated(x, matrix, norm)
             _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
                            D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
