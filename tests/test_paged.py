@@ -97,18 +97,20 @@ def test_a_chunk_reads_itself_exactly_copies_next_and_codes_before(window):
     context = length - queries
     eight = recent_format(32)
     recent = torch.zeros(3, 2, eight.page_layout(RECENT_PAGE_TOKENS).page_bytes, dtype=torch.uint8)
-    last = context // RECENT_PAGE_TOKENS * RECENT_PAGE_TOKENS  # the page being filled has copy 2, the one before it none
-    token = torch.arange(last, context)
-    paged.store(k[token], v[token], recent, 2 * RECENT_PAGE_TOKENS + token - last, eight, RECENT_PAGE_TOKENS)
+    last = context // RECENT_PAGE_TOKENS * RECENT_PAGE_TOKENS  # the first page has copy 1, the one being filled 2, the one between none
+    for copy, begin, end in ((1, 0, RECENT_PAGE_TOKENS), (2, last, context)):
+        token = torch.arange(begin, end)
+        paged.store(k[token], v[token], recent, copy * RECENT_PAGE_TOKENS + token - begin, eight, RECENT_PAGE_TOKENS)
     query = torch.randn(queries, 4, 32)
     got = paged.attention(
         query, pages, table[0], length, fmt, PAGE, scale, sliding_window=window, own=(k[context:], v[context:]),
-        recent=(recent, [-1, 2]),
+        recent=(recent, [1, -1, 2]),
     )  # fmt: skip
     dense = [codec.rotate_back(x) for x in paged.dequantize(pages, table[0], 0, context, fmt, PAGE)]
-    copied = paged.dequantize(recent, torch.tensor([2]), 0, context - last, eight, RECENT_PAGE_TOKENS)
-    for x, copy in zip(dense, copied, strict=True):
-        x[last:] = codec.rotate_back(copy)
+    for copy, begin, end in ((1, 0, RECENT_PAGE_TOKENS), (2, last, context)):
+        copied = paged.dequantize(recent, torch.tensor([copy]), 0, end - begin, eight, RECENT_PAGE_TOKENS)
+        for x, eight_bits in zip(dense, copied, strict=True):
+            x[begin:end] = codec.rotate_back(eight_bits)
     key, value = (torch.cat(pair).repeat_interleave(2, 1) for pair in zip(dense, (k[context:], v[context:]), strict=True))
     at = torch.arange(length)
     now = torch.arange(context, length)[:, None]
@@ -123,7 +125,7 @@ def test_a_first_chunk_reads_nothing_but_itself():
     fmt = KVFormat(4, 2, 32)
     pages, table, _ = filled(fmt, [5])
     query, (k, v) = torch.randn(5, 2, 32), torch.randn(2, 5, 2, 32)
-    got = paged.attention(query, pages, table[0], 5, fmt, PAGE, 0.2, own=(k, v), recent=(pages, [-1, -1]))
+    got = paged.attention(query, pages, table[0], 5, fmt, PAGE, 0.2, own=(k, v), recent=(pages, [-1, -1, -1]))
     later = torch.ones(5, 5, dtype=torch.bool).triu(1)
     score = (torch.einsum("qhd,thd->hqt", query, k) * 0.2).masked_fill(later, float("-inf"))
     torch.testing.assert_close(got, torch.einsum("hqt,thd->qhd", score.softmax(-1), v), atol=1e-4, rtol=1e-4)

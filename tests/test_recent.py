@@ -86,7 +86,7 @@ class Server:
     def check(self, sequence, length, table):
         """Whatever copy a reader is sent to holds the very tokens of the page it stands for."""
         last = -(-length // PAGE)
-        for page, copy in zip((last - 2, last - 1), table, strict=True):
+        for page, copy in zip((0 if last > 2 else -1, last - 2, last - 1), table, strict=True):
             if copy < 0:
                 continue
             assert page >= 0
@@ -142,9 +142,31 @@ def decode(server_copies, lengths, steps):
     return server_copies.table[:n]
 
 
-def test_sequences_within_capacity_keep_both_pages():
-    copies = RecentCopies.allocate(8, 8, 64, "cpu")
-    assert (decode(copies, [1, 1, 1, 1], 200) >= 0).all()
+def test_sequences_within_capacity_keep_the_first_and_both_recent_pages():
+    copies = RecentCopies.allocate(12, 8, 64, "cpu")
+    table = decode(copies, [1, 1, 1, 1], 200)
+    assert (table >= 0).all() and table.unique().numel() == 12
+
+
+def test_a_short_sequence_has_no_first_page_beside_its_recent_ones():
+    copies = RecentCopies.allocate(12, 8, 64, "cpu")
+    table = decode(copies, [1, 1, 1, 1], 128)
+    assert (table[:, 0] == -1).all() and (table[:, 1:] >= 0).all()
+
+
+@pytest.mark.parametrize("chunks", [[200], [30, 170], [100, 100], [64, 136], [1, 1, 198]])
+def test_all_of_a_first_page_is_copied_whatever_the_chunks(chunks):
+    copies = RecentCopies.allocate(12, 8, 256, "cpu")
+    table = torch.arange(4, dtype=torch.int32)[None]
+    length, written = 0, []
+    for chunk in chunks:
+        slots = torch.arange(length, length + chunk)
+        length += chunk
+        as_int = lambda x: torch.tensor(x, dtype=torch.int32)
+        claim(copies, slots, as_int([0, chunk]), as_int([length]), table, PAGE)
+        written += copies.slots[:chunk].tolist()
+    first = int(copies.table[0, 0])
+    assert first >= 0 and written[:PAGE] == list(range(first * PAGE, first * PAGE + PAGE))
 
 
 def test_beyond_capacity_pages_are_read_from_codes_and_counted():

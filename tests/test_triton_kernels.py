@@ -27,6 +27,12 @@ TOLERANCE = 2.5e-3 if DEVICE.type == "cuda" else 5e-4
 TILING = None if DEVICE.type == "cuda" else TILINGS[max(TILINGS)]
 
 
+def copied_pages(length):
+    """The pages of 64 tokens that can have a copy, as RecentPages.table lists them; -1 for a first page among the last."""
+    pages = -(-length // 64)
+    return 0 if pages > 2 else -1, pages - 2, pages - 1
+
+
 class Step:
     """Sequences of given lengths, stored by `prepare` on pages in shuffled order; the rest is noise."""
 
@@ -75,13 +81,13 @@ class Step:
         )
 
     def keep_recent(self, table):
-        """8-bit copies of the last two pages of each sequence as table [sequences, 2] says."""
+        """8-bit copies of the first page and the last two of each sequence as table [sequences, 3] says."""
         copies = torch.tensor(table, dtype=torch.int32)
         slots = []
         for length, row in zip(self.lengths, table):
-            first = -(-length // 64) - 2
+            copy_of = dict(zip(copied_pages(length), row))
             for token in range(length):
-                copy = row[token // 64 - first] if token // 64 >= first else -1
+                copy = copy_of.get(token // 64, -1)
                 slots.append(copy * 64 + token % 64 if copy >= 0 else -1)
         page_bytes = RecentPages.layout(self.fmt.head_dim).page_bytes
         noise = torch.randint(0, 256, (copies.max() + 2, self.kv_heads, page_bytes))
@@ -126,10 +132,10 @@ class Step:
             if self.mean is not None:
                 mean = self.mean.term(torch.arange(length, device=DEVICE)).cpu().numpy()
                 k += reference.rotate(mean, rotation)
-            for page, copy in enumerate([] if self.recent is None else self.recent.table[i].tolist()):
-                start = 64 * (-(-length // 64) - 2 + page)
-                newer_too = copy >= 0 and self.recent.table[i, 1] >= 0
-                if newer_too:  # an older copy alone is not read
+            row = [] if self.recent is None else self.recent.table[i].tolist()
+            for column, (page, copy) in enumerate(zip(copied_pages(length), row)):
+                start = 64 * page
+                if copy >= 0 and (column != 1 or row[2] >= 0):  # of the last two, the older copy alone is not read
                     at, rows_of = sum(self.lengths[:i]), slice(start, min(start + 64, length))
                     eight = Codebook.lloyd_max(fmt.head_dim, 8)
                     for x, out in ((self.k, k), (self.v, v)):
@@ -193,7 +199,7 @@ def test_head_dims(bits, head_dim):
 def test_recent_pages_are_read_at_eight_bits(bits):
     """Copies of both last pages, of the last alone, of none, of the older alone (not read), and of a short sequence."""
     step = Step(KVFormat(*bits, 64), 1, 2, [200, 150, 130, 129, 20], 64)
-    step.keep_recent([[0, 4], [-1, 2], [-1, -1], [1, -1], [-1, 3]])
+    step.keep_recent([[5, 0, 4], [6, -1, 2], [7, -1, -1], [-1, 1, -1], [-1, -1, 3]])
     step.store()
     assert_close(step.attend(num_splits=2), step.expected())
 
@@ -201,7 +207,7 @@ def test_recent_pages_are_read_at_eight_bits(bits):
 @pytest.mark.parametrize("head_dim, page, group, query_len", [(80, 128, 3, 1), (128, 64, 4, 3), (256, 64, 1, 1)])
 def test_recent_pages_of_other_shapes(head_dim, page, group, query_len):
     step = Step(KVFormat(4, 2, head_dim), 1, group, [200, 66], page, query_len)
-    step.keep_recent([[0, 1], [3, 2]])
+    step.keep_recent([[4, 0, 1], [-1, 3, 2]])
     step.store()
     assert_close(step.attend(num_splits=3, sliding_window=90), step.expected(window=90))
 
@@ -212,7 +218,7 @@ def test_recent_pages_of_other_shapes(head_dim, page, group, query_len):
 def test_a_key_mean_is_taken_off_and_added_to_the_scores(bits, head_dim, group, query_len):
     step = Step(KVFormat(*bits, head_dim), 2, group, [200, 70], 64, query_len)
     step.add_key_mean()
-    step.keep_recent([[0, 4], [-1, -1]])
+    step.keep_recent([[1, 0, 4], [-1, -1, -1]])
     step.store()
     k, ks, _, _ = step.stored(0)
     centred = (step.k[:200].float() - step.mean.term(step.positions[:200])).to(step.k.dtype)
@@ -241,7 +247,7 @@ def test_dequantize_adds_the_key_mean_again():
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_all_tilings_of_prepare_write_the_same_bytes(bits, head_dim):
     step = Step(KVFormat(*bits, head_dim), 1, 2, [66, 5], 64)
-    step.keep_recent([[0, 1], [-1, 2]])
+    step.keep_recent([[-1, 0, 1], [-1, -1, 2]])
     pages, copies = step.pages.clone(), step.recent.pages.clone()
     written = []
     for tiling in TILINGS.values():
@@ -417,7 +423,7 @@ def test_graph_replay_with_changed_lengths():
 @pytest.mark.cuda
 def test_all_tables_of_a_format_can_be_made_ahead():
     step = Step(KVFormat(4, 3, 128), 1, 2, [70], 64)
-    step.keep_recent([[0, 1]])
+    step.keep_recent([[-1, 0, 1]])
     d = device_tables
     tables = (d.signed_hadamard, d.norms, d.levels, d.encoder, d.lifts)
     for table in tables:

@@ -64,8 +64,8 @@ def test_chunks_over_cached_contexts(window, soft_cap, sinks, tile_tokens, copie
     pages = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=g)
     table = torch.randperm(n * each, device="cuda", generator=g).int().view(n, each)
     workspace = Workspace.allocate(1, Q_HEADS, DIM, 1, torch.device("cuda"))
-    bookkeeping = RecentCopies.allocate(2 * n + 2, n, 4096, "cuda")
-    copies = torch.zeros(2 * n + 2, KV_HEADS, RecentPages.layout(DIM).page_bytes, dtype=torch.uint8, device="cuda")
+    bookkeeping = RecentCopies.allocate(3 * n + 2, n, 4096, "cuda")
+    copies = torch.zeros(3 * n + 2, KV_HEADS, RecentPages.layout(DIM).page_bytes, dtype=torch.uint8, device="cuda")
     as_int = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")
 
     def store(lengths, before):
@@ -89,11 +89,11 @@ def test_chunks_over_cached_contexts(window, soft_cap, sinks, tile_tokens, copie
     totals = [a + b for a, b in zip(CONTEXTS, CHUNKS)]
     key, value, starts = store(totals, CONTEXTS)
     for i, context in enumerate(CONTEXTS if copied else []):
-        first = -(-context // PAGE) - 2
-        for which, copy in enumerate(bookkeeping.context[i].tolist()):
-            page = first + which
+        pages_before = -(-context // PAGE)
+        copied_pages = 0 if pages_before > 2 else -1, pages_before - 2, pages_before - 1
+        for which, (page, copy) in enumerate(zip(copied_pages, bookkeeping.context[i].tolist())):
             # A page that the chunk goes on with and leaves behind loses its copy, and is read from its codes.
-            left = (page + 1) * PAGE > context and page < -(-totals[i] // PAGE) - 2
+            left = (page + 1) * PAGE > context and 0 < page < -(-totals[i] // PAGE) - 2
             assert copy == (held[i, which] if page >= 0 and not left else -1)
             if copy >= 0:
                 rows = slice(page * PAGE, min(context, (page + 1) * PAGE))

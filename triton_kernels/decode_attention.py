@@ -278,11 +278,15 @@ def _decode_kernel(
     start = first_tile + split * per_split
     stop = tl.minimum(start + per_split, tiles)
     coded_stop = stop
-    if RECENT:  # the last one or two tiles are read from their 8-bit copies
-        newer = tl.load(recent_table + 2 * sequence + 1)
-        older = tl.load(recent_table + 2 * sequence)
+    firsts = 0  # tiles of this split before the coded ones
+    if RECENT:  # the first tile and the last one or two are read from their 8-bit copies
+        oldest = tl.load(recent_table + 3 * sequence)
+        older = tl.load(recent_table + 3 * sequence + 1)
+        newer = tl.load(recent_table + 3 * sequence + 2)
         copied = tl.where(newer < 0, 0, tl.where(older < 0, 1, 2))
         coded_stop = tl.minimum(stop, tiles - copied)
+        firsts = tl.where((oldest >= 0) & (start == 0) & (start < coded_stop), 1, 0)
+    coded_start = start + firsts
 
     n = tl.arange(0, TILE)
     jk = tl.arange(0, KB)
@@ -323,10 +327,10 @@ def _decode_kernel(
     # page the tile before has looked up.
     pages += head * head_stride
     table = block_table + sequence * table_stride
-    first_ids = _page_ids(table, start, coded_stop, length, PAGE, TILE)
-    k_scale, v_scale = _load_scales(pages, first_ids, start, page_stride, K_SCALES, V_SCALES, PAGE, TILE)
-    next_ids = _page_ids(table, start + 1, coded_stop, length, PAGE, TILE)
-    for tile in tl.range(start, coded_stop, num_stages=STAGES):
+    first_ids = _page_ids(table, coded_start, coded_stop, length, PAGE, TILE)
+    k_scale, v_scale = _load_scales(pages, first_ids, coded_start, page_stride, K_SCALES, V_SCALES, PAGE, TILE)
+    next_ids = _page_ids(table, coded_start + 1, coded_stop, length, PAGE, TILE)
+    for tile in tl.range(coded_start, coded_stop, num_stages=STAGES):
         next_k_scale, next_v_scale = _load_scales(pages, next_ids, tile + 1, page_stride, K_SCALES, V_SCALES, PAGE, TILE)
         next_ids = _page_ids(table, tile + 2, coded_stop, length, PAGE, TILE)
         if MEAN:  # asked for together with the codes
@@ -379,9 +383,11 @@ def _decode_kernel(
 
     if RECENT:
         # Keys in natural order against queries in natural order; values by the rows of each accumulator.
-        for tile in tl.range(tl.maximum(start, coded_stop), stop, num_stages=1):
-            page = recent_pages + tl.where(tile == tiles - 1, newer, older).to(tl.int64) * recent_page_stride
-            page += head * recent_head_stride
+        copied_start = tl.maximum(start, coded_stop)
+        for at in tl.range(copied_start - firsts, stop, num_stages=1):
+            tile = tl.where(at < copied_start, 0, at)
+            copy = tl.where(at < copied_start, oldest, tl.where(at == tiles - 1, newer, older))
+            page = recent_pages + copy.to(tl.int64) * recent_page_stride + head * recent_head_stride
             s = tl.zeros([TILE, C], tl.int32)
             for f in tl.static_range(F_K):
                 if f * KB < D:
@@ -485,8 +491,8 @@ def decode_attention(
     page_bytes]; block_table int32 [sequences, >= pages of the longest]; seq_lens int32 [sequences],
     stored tokens, the new ones included; output [sequences * query_len, q_heads, head_dim] in the
     model's dtype. sinks float32 [q_heads]: logits without a value. lse float32 [sequences * query_len,
-    q_heads], filled with the natural log-sum-exp if given. recent: 8-bit copies of the last tokens, read in
-    place of their codes. mean: the torch_kernels.KeyMean that prepare took off the keys, with a table of whole
+    q_heads], filled with the natural log-sum-exp if given. recent: 8-bit copies of the first and the last tokens,
+    read in place of their codes. mean: the torch_kernels.KeyMean that prepare took off the keys, with a table of whole
     tiles of positions. A sequence of length 0 gets zeros. ValueError if the workspace is too small.
     """
     num_sequences = seq_lens.shape[0]

@@ -28,6 +28,7 @@ SCALE_DENOMINATOR = 64
 # filled and the one before it.
 RECENT_PAGE_TOKENS = 64
 RECENT_PAGES = 2
+COPIED_PAGES = 1 + RECENT_PAGES  # and its first page, which most queries look at
 
 
 def packed_bytes(head_dim: int, bits: int) -> int:
@@ -145,7 +146,7 @@ def format_name(bits_k: int, bits_v: int) -> str:
 
 
 def recent_format(head_dim: int) -> KVFormat:
-    """Of the pages that hold the newest tokens a second time."""
+    """Of the pages that hold the first and the newest tokens a second time."""
     return KVFormat(8, 8, head_dim)
 
 

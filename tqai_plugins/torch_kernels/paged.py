@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, recent_format
+from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, KVFormat, recent_format
 
 from . import codec
 from .key_mean import KeyMean
@@ -75,10 +75,10 @@ def dequantize(
 
 
 def _overlay_copies(k, v, start, end, recent: torch.Tensor, copies: list[int], head_dim: int) -> None:
-    """Lay the copies of the last pages before token `end` over k and v, which hold tokens [start, end)."""
+    """Lay the copies of the first page and of the last before token `end` over k and v, which hold tokens [start, end)."""
     fmt = recent_format(head_dim)
-    first = -(-end // RECENT_PAGE_TOKENS) - len(copies)
-    for page, copy in enumerate(copies, first):
+    pages = -(-end // RECENT_PAGE_TOKENS)
+    for page, copy in zip((0, *range(pages - RECENT_PAGES, pages)), copies, strict=True):
         begin, stop = max(start, page * RECENT_PAGE_TOKENS), min(end, (page + 1) * RECENT_PAGE_TOKENS)
         if copy < 0 or begin >= stop:
             continue
@@ -132,7 +132,8 @@ def attention(
     query [queries, q_heads, head_dim] are the last of `length` stored tokens; sinks [q_heads] are
     logits without a value. own: exact keys and values [queries, kv_heads, head_dim] of the queries'
     tokens, read in place of their codes. recent: pages of 8-bit copies uint8 [copies, kv_heads, page_bytes]
-    and which of them are the last pages (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for none.
+    and which of them are the first page and the last two (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for
+    none.
     mean: what was taken off the keys of the codes; the copies have it. Returns float32 of query's shape.
     """
     queries = query.shape[0]

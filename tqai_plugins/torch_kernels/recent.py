@@ -1,10 +1,10 @@
-"""Which recent pages of the running sequences have 8-bit copies, and where: bookkeeping of one step.
+"""Which first and recent pages of the running sequences have 8-bit copies, and where: bookkeeping of one step.
 
 Copies are pages of RECENT_PAGE_TOKENS tokens in a buffer of fixed size. A copy belongs to the span of slots
 that its tokens have in the paged cache (slot // RECENT_PAGE_TOKENS), and is kept only while every token
 written to the span was written to the copy too: a copy is begun with the first token of a span and dropped
 when its span is written without it. What has not been used longest makes room, so running sequences keep
-theirs while they are no more than half as many as there are copies. A span without a copy is read from its
+theirs while there are COPIED_PAGES copies for each. A span without a copy is read from its
 codes: that costs precision, never correctness. Everything happens on the device, without a host copy.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGE_TOKENS, RECENT_PAGES
 
 NEVER = -1
 
@@ -22,11 +22,11 @@ NEVER = -1
 @dataclass(frozen=True)
 class RecentCopies:
     """owner [copies], the span a copy belongs to or -1; used [copies], the step of its last use; step [1];
-    wanted_served [2], recent pages of sequences counted over all steps, and those among them with a copy.
+    wanted_served [2], such pages of sequences counted over all steps, and those among them with a copy.
 
     What a step's launches read: slots int32 [tokens], where each new token's copy goes; table int32
-    [sequences, 2], the copies of the last two pages; context int32 [sequences, 2], the same as of before the
-    step's tokens, for sequences that prefill. All -1 where there is none.
+    [sequences, 3], the copies of the first page, unless it is one of the last two, and of these; context int32
+    [sequences, 3], the same as of before the step's tokens, for sequences that prefill. All -1 where there is none.
     """
 
     owner: torch.Tensor
@@ -44,14 +44,16 @@ class RecentCopies:
         zeros = lambda n, dtype: torch.zeros(n, dtype=dtype, device=device)
         return cls(
             full(copies), zeros(copies, torch.int32), zeros(1, torch.int32), zeros(2, torch.int64),
-            full(max_tokens), full(max_sequences, RECENT_PAGES), full(max_sequences, RECENT_PAGES),
+            full(max_tokens), full(max_sequences, COPIED_PAGES), full(max_sequences, COPIED_PAGES),
         )  # fmt: skip
 
 
-def _last_pages(lengths: torch.Tensor) -> torch.Tensor:
-    """Numbers of the last RECENT_PAGES pages of each sequence [sequences, 2]; negative where there is none."""
-    pages = (lengths + RECENT_PAGE_TOKENS - 1) // RECENT_PAGE_TOKENS
-    return pages[:, None] + torch.arange(-RECENT_PAGES, 0, device=lengths.device)
+def _copied_pages(lengths: torch.Tensor) -> torch.Tensor:
+    """Numbers of the first page of each sequence and of its last RECENT_PAGES; negative where there is none, and for a
+    first page among the last [sequences, 3]."""
+    pages = ((lengths + RECENT_PAGE_TOKENS - 1) // RECENT_PAGE_TOKENS)[:, None]
+    first = torch.where(pages > RECENT_PAGES, 0, NEVER)
+    return torch.cat([first, pages + torch.arange(-RECENT_PAGES, 0, device=lengths.device)], 1)
 
 
 def _find(owner: torch.Tensor, span: torch.Tensor) -> torch.Tensor:
@@ -87,23 +89,24 @@ def claim(
         block = block_table.gather(1, (position // page_tokens).clamp(max=block_table.shape[1] - 1)).long()
         return torch.where(page >= 0, (block * page_tokens + position % page_tokens) // RECENT_PAGE_TOKENS, NEVER)
 
-    page = _last_pages(lengths)
+    page = _copied_pages(lengths)
     prefills = (lengths - before > decode_tokens)[:, None]
-    context_span = torch.where(prefills, spans(_last_pages(before)), NEVER)
+    context_span = torch.where(prefills, spans(_copied_pages(before)), NEVER)
     begun = (page >= 0) & (page * RECENT_PAGE_TOKENS >= before[:, None])  # its first token is written now
     first_row = (starts[:, None] + page * RECENT_PAGE_TOKENS - before[:, None]).clamp(0, max(tokens - 1, 0))
     first_slot = slot_mapping[first_row]
     span = torch.where(begun, torch.where(first_slot >= 0, first_slot // RECENT_PAGE_TOKENS, NEVER), spans(page))
 
-    # Each token's place among the last pages of its sequence; negative before them.
+    # Each token's column of the table, if its page is one of those.
     row = torch.arange(tokens, device=device)
     sequence = torch.searchsorted(query_start_loc[1 : sequences + 1].long(), row, right=True).clamp(max=max(sequences - 1, 0))
     position = before[sequence] + row - starts[sequence]
-    which = position // RECENT_PAGE_TOKENS - page[sequence, 0]
+    column = position[:, None] // RECENT_PAGE_TOKENS == page[sequence]
+    copied = column.any(1)
 
     copies.step.add_(1)
     # A span that begins another life, or is written without its copy, has none any more.
-    dropped = (slot_mapping >= 0) & ((slot_mapping % RECENT_PAGE_TOKENS == 0) | (which < 0))
+    dropped = (slot_mapping >= 0) & ((slot_mapping % RECENT_PAGE_TOKENS == 0) | ~copied)
     dropped = torch.where(dropped, slot_mapping // RECENT_PAGE_TOKENS, -2)
     copies.owner.masked_fill_((copies.owner[:, None] == dropped).any(1), NEVER)
     held = _find(copies.owner, torch.where(begun, NEVER, span))
@@ -128,7 +131,7 @@ def claim(
     copies.context.fill_(NEVER)
     copies.context[:sequences] = context.int()
     copies.wanted_served.add_(torch.stack([(span >= 0).sum(), (table >= 0).sum()]))
-    copy = torch.where(which >= 0, table[sequence].gather(1, which.clamp(0, RECENT_PAGES - 1)[:, None])[:, 0], NEVER)
+    copy = torch.where(column, table[sequence], NEVER).amax(1)
     slot = torch.where((copy >= 0) & (slot_mapping >= 0), copy * RECENT_PAGE_TOKENS + position % RECENT_PAGE_TOKENS, NEVER)
     copies.slots.fill_(NEVER)
     copies.slots[:tokens] = slot.int()

@@ -17,7 +17,7 @@ from vllm.v1.attention.backends.turboquant_attn import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, SERVED_NAMES, KVFormat, is_tqai, recent_format
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGE_TOKENS, SERVED_NAMES, KVFormat, is_tqai, recent_format
 from tqai_plugins.torch_kernels.recent import RecentCopies
 from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
@@ -286,7 +286,7 @@ class Impl(TurboQuantAttentionImpl):
         device = self.workspace.planes.device
         pages = torch.zeros(1, self.num_kv_heads, page_tokens * self.fmt.slot_bytes, dtype=torch.uint8, device=device)
         vectors = torch.zeros(1, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
-        table = torch.full((1, RECENT_PAGES), -1, dtype=torch.int32, device=device)
+        table = torch.full((1, COPIED_PAGES), -1, dtype=torch.int32, device=device)
         copies, mean = self.owner.recent_pages, self.owner.key_mean
         recent = None if bookkeeping is None else RecentPages(copies, table[0], table)
         for tiling in TILINGS.values():

@@ -1,12 +1,17 @@
 """A logits processor that makes a server write given tokens, so that the probabilities it gave them can be compared:
 `vllm serve --logits-processors tqai_plugins.vllm_plugin.forced_tokens:ForcedTokens`, then in a request
-`"vllm_xargs": {"tqai_forced": "12,345,6"}`. Returned log-probabilities are those of before the processor."""
+`"vllm_xargs": {"tqai_forced": "12,345,6"}`. Returned log-probabilities are those of before the processor; with
+`"tqai_logits": 7` too, all logits are written to 7.safetensors in the folder that the server's environment names."""
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import torch
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
-OPTION = "tqai_forced"
+from .options import FORCED_TOKENS, KEPT_LOGITS, LOGITS_FOLDER
 
 
 class ForcedTokens(AdapterLogitsProcessor):
@@ -16,16 +21,40 @@ class ForcedTokens(AdapterLogitsProcessor):
         return False
 
     def new_req_logits_processor(self, params):
-        forced = (params.extra_args or {}).get(OPTION)
-        if not forced:
+        options = params.extra_args or {}
+        if not options.get(FORCED_TOKENS):
             return None
-        tokens = [int(token) for token in forced.split(",")]
+        tokens = [int(token) for token in options[FORCED_TOKENS].split(",")]
+        folder, number = os.environ.get(LOGITS_FOLDER), options.get(KEPT_LOGITS)
+        kept = Kept(Path(folder) / f"{int(number)}.safetensors") if folder and number is not None else None
 
         def force(output_tokens, logits):
-            if len(output_tokens) < len(tokens):
-                wanted = logits[tokens[len(output_tokens)]].clone()
-                logits.fill_(float("-inf"))
-                logits[tokens[len(output_tokens)]] = wanted
+            at = len(output_tokens)
+            if at >= len(tokens):
+                return logits
+            if kept:
+                kept.add(at, logits, len(tokens))
+            wanted = logits[tokens[at]].clone()
+            logits.fill_(float("-inf"))
+            logits[tokens[at]] = wanted
             return logits
 
         return force
+
+
+class Kept:
+    """The logits of one request, float32 [tokens, vocabulary], on their device until the last are there."""
+
+    def __init__(self, path: Path):
+        self.path, self.logits = path, None
+
+    def add(self, at: int, logits: torch.Tensor, count: int) -> None:
+        if self.logits is None:
+            self.logits = torch.empty(count, *logits.shape, dtype=torch.float32, device=logits.device)
+        self.logits[at] = logits
+        if at == count - 1:
+            from safetensors.torch import save_file
+
+            unfinished = self.path.with_suffix(f".{os.getpid()}")  # every rank of tensor parallel writes one
+            save_file({"logits": self.logits.cpu()}, unfinished)
+            os.replace(unfinished, self.path)

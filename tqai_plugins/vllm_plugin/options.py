@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from tqai_plugins.core.codebook import Codebook
 from tqai_plugins.core.preset import Preset
 
+# Of a request that forced_tokens.py answers, and of the environment of its server.
+FORCED_TOKENS, KEPT_LOGITS, LOGITS_FOLDER = "tqai_forced", "tqai_logits", "TQAI_LOGITS_FOLDER"
+
 NAMES = ("recent_memory", "key_mean", "preset", "codebook", "canary")
 DEFAULT_SHARE = 0.02
 

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, KVFormat, recent_format
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGE_TOKENS, RECENT_PAGES, KVFormat, recent_format
 from tqai_plugins.torch_kernels.key_mean import KeyMean
 from tqai_plugins.torch_kernels.prefill import plan_tiles
 from tqai_plugins.triton_kernels.dequantize import dequantize
@@ -21,9 +21,9 @@ WORKSPACE_BYTES = 64 << 20
 class Tile:
     """Dense rows made of one segment of each of some consecutive requests, and the queries that read them.
 
-    int32 tensors [requests]: tokens [begin, end) of the cached context go to rows out and on; the same for
-    those of its last pages that have 8-bit copies, counted from their first page. key_starts and
-    query_starts are cumulative, [requests + 1].
+    int32 tensors [requests]: tokens [begin, end) of the cached context go to rows out and on; [2 requests], the same
+    for those of the first page and then for those of the last pages that have 8-bit copies, counted as these lie in
+    recent_table's rows [2 requests, 3]. key_starts and query_starts are cumulative, [requests + 1].
     """
 
     requests: slice
@@ -31,6 +31,7 @@ class Tile:
     begin: torch.Tensor
     end: torch.Tensor
     out: torch.Tensor
+    recent_table: torch.Tensor | None
     recent_begin: torch.Tensor
     recent_end: torch.Tensor
     recent_out: torch.Tensor
@@ -45,8 +46,8 @@ class Tile:
 class Prefill:
     """The requests of a step that are behind its decodes. Starts count from the first of their tokens.
 
-    block_table int32 [requests, pages]; recent_table int32 [requests, 2] or None: the copies of the last
-    pages of each cached context.
+    block_table int32 [requests, pages]; recent_table int32 [requests, 3] or None: the copies of the first and the
+    last pages of each cached context.
     """
 
     starts: list[int]
@@ -84,24 +85,30 @@ def _tile(prefill: Prefill, first: int, segments: list[tuple[int, int]], with_ch
     key_starts = [0]
     query_starts = [0]
     rows: list[list[int]] = []
+    firsts: list[list[int]] = []
+    recents: list[list[int]] = []
     for (begin, end), length, chunk, context in zip(segments, lengths, chunks, prefill.contexts[requests]):
-        # Position of the first of the pages that recent_table lists; it can lie before the first token.
-        origin = (-(-context // RECENT_PAGE_TOKENS) - RECENT_PAGES) * RECENT_PAGE_TOKENS
-        recent = max(begin, origin)
+        # Where the last pages would begin that recent_table lists behind the first; it can be before the first token.
+        origin = (-(-context // RECENT_PAGE_TOKENS) - COPIED_PAGES) * RECENT_PAGE_TOKENS
+        recent = max(begin, origin + RECENT_PAGE_TOKENS)
         at = key_starts[-1]
-        rows.append([begin, end, at, recent - origin, max(recent, end) - origin, at + recent - begin])
+        rows.append([begin, end, at])
+        firsts.append([begin, max(begin, min(end, RECENT_PAGE_TOKENS)), at])
+        recents.append([recent - origin, max(recent, end) - origin, at + recent - begin])
         key_starts.append(key_starts[-1] + length)
         query_starts.append(query_starts[-1] + chunk)
-    flat = [*torch.tensor(rows).T.flatten().tolist(), *key_starts, *query_starts]
+    columns = [x for part in (rows, [*firsts, *recents]) for column in zip(*part, strict=True) for x in column]
+    flat = [*columns, *key_starts, *query_starts]
     device = prefill.query_start_loc.device
     pinned = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda")
     n = len(segments)
     begin, end, out, recent_begin, recent_end, recent_out, keys, queries = pinned.to(device, non_blocking=True).split(
-        [n] * 6 + [n + 1] * 2
+        [n] * 3 + [2 * n] * 3 + [n + 1] * 2
     )
+    table = None if prefill.recent_table is None else prefill.recent_table[requests].repeat(2, 1)
     return Tile(
-        requests, slice(prefill.starts[first], prefill.starts[first + n]), begin, end, out, recent_begin, recent_end,
-        recent_out, keys, queries, key_starts[-1], max(e - b for b, e in segments), max(chunks),
+        requests, slice(prefill.starts[first], prefill.starts[first + n]), begin, end, out, table, recent_begin,
+        recent_end, recent_out, keys, queries, key_starts[-1], max(e - b for b, e in segments), max(chunks),
     )  # fmt: skip
 
 
@@ -165,10 +172,9 @@ def attend(
             pages, prefill.block_table[tile.requests], tile.begin, tile.end, tile.out, k, v, fmt, page_tokens,
             tile.longest, rotated=False, mean=mean,
         )  # fmt: skip
-        if recent_pages is not None and prefill.recent_table is not None:
+        if recent_pages is not None and tile.recent_table is not None:
             dequantize(
-                recent_pages, prefill.recent_table[tile.requests], tile.recent_begin, tile.recent_end, tile.recent_out,
-                k, v, recent_format(fmt.head_dim), RECENT_PAGE_TOKENS, RECENT_PAGES * RECENT_PAGE_TOKENS, rotated=False,
+                recent_pages, tile.recent_table, tile.recent_begin, tile.recent_end, tile.recent_out, k, v, recent_format(fmt.head_dim), RECENT_PAGE_TOKENS, RECENT_PAGES * RECENT_PAGE_TOKENS, rotated=False,
             )  # fmt: skip
         return k, v
 

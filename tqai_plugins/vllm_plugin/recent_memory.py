@@ -1,11 +1,11 @@
-"""Memory for the 8-bit copies of recent pages: --additional-config '{"tqai": {"recent_memory": 0.02}}'."""
+"""Memory for the 8-bit copies of first and recent pages: --additional-config '{"tqai": {"recent_memory": 0.02}}'."""
 
 from __future__ import annotations
 
 import torch
 from vllm.logger import init_logger
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, RECENT_PAGES, is_tqai, parse_name
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGE_TOKENS, RECENT_PAGES, is_tqai, parse_name
 
 from .options import Options
 
@@ -54,7 +54,7 @@ _decided: tuple[dict | None, int] = None, 0
 def copies(config) -> int:
     """Copies that this process keeps, in every layer; 0 for none. Decided once, when the weights are loaded.
 
-    Twice as many as sequences can run keep all of them at full fidelity; the share of KV memory is the limit.
+    Three for each sequence that can run keep all of them at full fidelity; the share of KV memory is the limit.
     """
     global _decided
     layers = config.compilation_config.static_forward_context
@@ -66,7 +66,7 @@ def copies(config) -> int:
 
 
 def _count(config) -> int:
-    wanted = RECENT_PAGES * config.scheduler_config.max_num_seqs + SPARE
+    wanted = COPIED_PAGES * config.scheduler_config.max_num_seqs + SPARE
     return max(0, min(wanted, int(Options.of(config).recent_memory * _kv_memory(config)) // _copy_bytes(config)))
 
 
@@ -90,10 +90,10 @@ def _sentence(config, number: int, reason: str | None) -> str:
     if not number:
         return f"no 8-bit copies of recent pages: {reason or 'recent_memory is too small for one'}"
     share_bytes = number * _copy_bytes(config)
-    sequences = max(0, number - SPARE) // RECENT_PAGES
+    sequences = max(0, number - SPARE) // COPIED_PAGES
     return (
-        f"the last {RECENT_PAGE_TOKENS + 1} to {RECENT_PAGES * RECENT_PAGE_TOKENS} tokens of a sequence are kept at "
-        f"8 bits too: "
+        f"the first {RECENT_PAGE_TOKENS} and the last {RECENT_PAGE_TOKENS + 1} to {RECENT_PAGES * RECENT_PAGE_TOKENS} "
+        "tokens of a sequence are kept at 8 bits too: "
         f"{number} copies of pages, {share_bytes / 2**20:.0f} MiB, enough for {sequences} running sequences; "
         "with more, the longest unused are read from their codes"
     )

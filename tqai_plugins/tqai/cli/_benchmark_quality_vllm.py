@@ -1,11 +1,13 @@
 """`tqai benchmark quality --runtime vllm`: one `vllm serve` after another, asked through its own HTTP API.
 
 Two ways to read a window, both scored on its second half: as one prompt, whose chunks of --chunk tokens attend to
-codes of what came before (prompt log-probabilities), and as a forced continuation, decoded token by token.
+codes of what came before (prompt log-probabilities, of the --top-logprobs likeliest tokens), and as a forced continuation,
+decoded token by token (all logits, which the server leaves in a folder).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,8 +20,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqai_plugins.vllm_plugin.options import FORCED_TOKENS, KEPT_LOGITS, LOGITS_FOLDER
 
 from .benchmark_quality import REFERENCE, machine, read_text, split_windows
 
@@ -76,20 +81,19 @@ def run(args) -> int:
     head = {
         "model": args.model, "text": args.text.name if args.text else "built-in", "runtime": "vllm", "context": context,
         "chunk": args.chunk, "dtype": args.dtype, "windows": windows, "top_logprobs": args.top_logprobs,
-        "machine": machine("torch", "vllm"),
+        "parallel": args.parallel, "server_args": args.server_args, "machine": machine("torch", "vllm"),
     }  # fmt: skip
+    ways = [way for way in WAYS if way in args.ways]
     reference, rows, start = {}, [], time.perf_counter()
     for entry in entries:
         row = {"name": entry.name, "dtype": entry.dtype, **_stored(entry.dtype, folder)}
         try:
-            with Server(folder, args, context, entry.options) as server:
-                for way in WAYS:
+            with Server(folder, args, context, entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
+                for way in ways:
                     score = fidelity.Score()
-                    for i, window in enumerate(tokens):
-                        found = server.predictions(way, window, context // 2, args.top_logprobs)
-                        expected = reference.setdefault((way, i), found)
-                        for target, mine, theirs in zip(window[context // 2 :], found, expected):
-                            _add(score, target, mine, theirs)
+                    found = pool.map(getattr(server, way), tokens)
+                    for i, (window, mine) in enumerate(zip(tokens, found)):
+                        _score(score, window[context // 2 :], mine, reference.setdefault((way, i), mine))
                     row[way] = score.summary()
                 row |= server.counts()
         except OSError as error:
@@ -120,6 +124,17 @@ def _stored(dtype: str, folder: str) -> dict:
     return {"bits": KVFormat.from_name(dtype, head_dim).bits_per_element}
 
 
+def _score(score, targets: list[int], found, expected) -> None:
+    """Tokens that two servers predicted, from all logits [tokens, vocabulary] or the likeliest tokens of each."""
+    import torch
+
+    if isinstance(found, torch.Tensor):
+        score.add(found, expected, torch.tensor(targets))
+        return
+    for target, mine, theirs in zip(targets, found, expected, strict=True):
+        _add(score, target, mine, theirs)
+
+
 def _add(score, target: int, found: dict[int, float], expected: dict[int, float]) -> None:
     """One predicted token; what either server did not name is one more outcome, so that the divergence is a lower
     bound (with 1,024 of SmolLM2's 49,152 tokens some 4 % low, with 256 some 11 %)."""
@@ -137,20 +152,23 @@ class Server:
     """A `vllm serve` of its own, stopped when the block ends; OSError with the end of its log if it does not start."""
 
     def __init__(self, model: str, args, context: int, options: list[str]):
+        self.scored_from, self.named = context // 2, args.top_logprobs
+        self.names = itertools.count()
+        self.folder = tempfile.TemporaryDirectory(prefix="tqai-logits-")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = tempfile.NamedTemporaryFile("w+", prefix="tqai-vllm-", suffix=".log", delete=False)
         self.command = [
-            str(Path(sys.executable).with_name("vllm")), "serve", model, "--host", "127.0.0.1", "--port", str(self.port),
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", str(self.port),
             "--served-model-name", "model", "--skip-tokenizer-init", "--dtype", args.dtype, "--max-model-len", str(context + 1),
-            "--max-num-seqs", "1", "--max-num-batched-tokens", str(args.chunk), "--max-logprobs", str(args.top_logprobs),
+            "--max-num-seqs", str(args.parallel), "--max-num-batched-tokens", str(args.chunk), "--max-logprobs", str(args.top_logprobs),
             "--no-enable-prefix-caching", "--enforce-eager", "--kv-cache-memory-bytes", str(CACHE_BYTES),
             "--logits-processors", "tqai_plugins.vllm_plugin.forced_tokens:ForcedTokens", *options, *shlex.split(args.server_args),
         ]  # fmt: skip
 
     def __enter__(self) -> Server:
-        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
+        environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", LOGITS_FOLDER: self.folder.name}
         self.process = subprocess.Popen(
             self.command, stdout=self.log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
@@ -173,6 +191,7 @@ class Server:
             return False
 
     def __exit__(self, *_) -> None:
+        self.folder.cleanup()
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
             try:
@@ -199,22 +218,27 @@ class Server:
         except urllib.error.HTTPError as error:
             raise OSError(f"vllm answered {error.code}: {error.read().decode()[:300]}") from error
 
-    def predictions(self, way: str, window: list[int], scored_from: int, number: int) -> list[dict[int, float]]:
-        """Log-probabilities of the likeliest tokens and of the true one, for each token from scored_from on."""
-        if way == "prompt":
-            answer = self._complete(prompt=window, max_tokens=1, prompt_logprobs=number)
-            return [{int(t): x["logprob"] for t, x in found.items()} for found in answer["prompt_logprobs"][scored_from:]]
-        forced = window[scored_from:]
-        answer = self._complete(
-            prompt=window[:scored_from], max_tokens=len(forced), logprobs=number, ignore_eos=True,
-            return_tokens_as_token_ids=True, vllm_xargs={"tqai_forced": ",".join(map(str, forced))},
+    def prompt(self, window: list[int]) -> list[dict[int, float]]:
+        """Log-probabilities of the likeliest tokens and of the true one, for each scored token."""
+        answer = self._complete(prompt=window, max_tokens=1, prompt_logprobs=self.named)
+        return [{int(t): x["logprob"] for t, x in found.items()} for found in answer["prompt_logprobs"][self.scored_from :]]
+
+    def continuation(self, window: list[int]):
+        """Logits [scored tokens, vocabulary] of the tokens that the server is made to write."""
+        from safetensors.torch import load_file
+
+        forced = window[self.scored_from :]
+        name = next(self.names)
+        self._complete(
+            prompt=window[: self.scored_from], max_tokens=len(forced), ignore_eos=True,
+            vllm_xargs={FORCED_TOKENS: ",".join(map(str, forced)), KEPT_LOGITS: name},
         )  # fmt: skip
-        found = [
-            {int(t.removeprefix("token_id:")): x for t, x in top.items()} for top in answer["logprobs"]["top_logprobs"]
-        ]
-        if len(found) != len(forced) or any(token not in top for token, top in zip(forced, found)):
+        path = Path(self.folder.name) / f"{name}.safetensors"
+        if not path.exists():
             raise OSError("vllm did not write the tokens it was given; does this version load --logits-processors?")
-        return found
+        logits = load_file(path)["logits"]
+        path.unlink()
+        return logits
 
     def counts(self) -> dict:
         """What the server says of its cache: tokens that fit, vectors quantized, share of recent pages read from copies."""
@@ -235,14 +259,15 @@ def show(data: dict) -> None:
     from rich.table import Table
 
     table = Table(title=f"vLLM {data['machine'].get('vllm')}, {data['model']}: {data['windows']} windows of {data['context']} tokens")
-    heads = ["cache", "bits", "tokens that fit", *(f"{words}: KL divergence (top-1)" for words in WAYS.values()), "recent from copies"]
+    ways = {way: words for way, words in WAYS.items() if way in data["rows"][0]}
+    heads = ["cache", "bits", "tokens that fit", *(f"{words}: KL divergence (top-1)" for words in ways.values()), "from copies"]
     for name in heads:
         table.add_column(name)
     for row in data["rows"]:
         if "why" in row:
             table.add_row(row["name"], f"{row['bits']:.2f}", "", row["why"])
             continue
-        scores = [f"{row[way]['kld']:.5f} ± {row[way]['kld_error']:.5f} ({row[way]['top1_agreement']:.1%})" for way in WAYS]
+        scores = [f"{row[way]['kld']:.5f} ± {row[way]['kld_error']:.5f} ({row[way]['top1_agreement']:.1%})" for way in ways]
         share = f"{row['recent_from_copies']:.1%}" if "recent_from_copies" in row else "-"
         table.add_row(row["name"], f"{row['bits']:.2f}", f"{row.get('kv_tokens', 0):,}", *scores, share)
     Console(width=160).print(table)
@@ -257,7 +282,7 @@ def plot(data: dict, path: str) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     rows = [row for row in data["rows"][1:] if "why" not in row]
-    for way, words in WAYS.items():
+    for way, words in ((way, words) for way, words in WAYS.items() if way in data["rows"][0]):
         line = axes.errorbar(
             [row["bits"] for row in rows], [row[way]["kld"] for row in rows], yerr=[row[way]["kld_error"] for row in rows],
             fmt="o", capsize=3, label=words,

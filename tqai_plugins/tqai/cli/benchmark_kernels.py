@@ -94,10 +94,11 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     import torch
 
     from tqai_plugins.core import key_mean
-    from tqai_plugins.core.kv_format import KVFormat
+    from tqai_plugins.core.kv_format import COPIED_PAGES, KVFormat
+    from tqai_plugins.torch_kernels.recent import RecentCopies
     from tqai_plugins.triton_kernels import decode_attention as decode
     from tqai_plugins.triton_kernels.prepare import prepare
-    from tqai_plugins.triton_kernels.recent import RecentPages
+    from tqai_plugins.triton_kernels.recent import RecentPages, claim
     from tqai_plugins.triton_kernels.workspace import Workspace
 
     device, page = torch.device("cuda"), decode.TILE
@@ -113,19 +114,19 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     workspace = Workspace.allocate(sequences, args.q_heads, args.head_dim, rows, device)
     scale = args.head_dim**-0.5
     token = torch.arange(context, device=device)
-    # Each sequence has 8-bit copies of its last two pages: copies 2 i and 2 i + 1.
-    copies = held(2 * sequences, RecentPages.layout(args.head_dim))
-    copy_table = torch.arange(2 * sequences, dtype=torch.int32, device=device).view(sequences, 2)
-    in_copy = token - (blocks - 2) * page
+    copies = held(COPIED_PAGES * sequences, RecentPages.layout(args.head_dim))
+    books = RecentCopies.allocate(COPIED_PAGES * sequences, sequences, max(context, sequences), device)
+    recent = RecentPages(copies, books.slots, books.table)
+    starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
     for i in range(sequences):
         k, v = draw(context, args.kv_heads, args.head_dim), draw(context, args.kv_heads, args.head_dim)
         slots = table[i].long()[token // page] * page + token % page
-        copied = torch.where(in_copy >= 0, in_copy + 2 * i * page, -1).int()
-        prepare(None, k, v, pages, slots, workspace, fmt, page, scale, recent=RecentPages(copies, copied, copy_table))
+        claim(books, slots, starts[:2] * context, lengths[:1], table[i : i + 1], page)
+        prepare(None, k, v, pages, slots, workspace, fmt, page, scale, recent=recent)
     query = draw(sequences, args.q_heads, args.head_dim)
     key, value = draw(sequences, args.kv_heads, args.head_dim), draw(sequences, args.kv_heads, args.head_dim)
     last = table[:, (context - 1) // page].long() * page + (context - 1) % page
-    recent = RecentPages(copies, copy_table[:, 1] * page + (context - 1) % page, copy_table)
+    claim(books, last, starts, lengths, table, page)
     out = torch.full_like(query, torch.nan)
 
     mean = _key_mean(args, blocks * page, device) if key_mean.may_pay(fmt) else None

@@ -81,31 +81,35 @@ def _flash(args, chunk: int, context: int) -> dict:
 
 
 def _format(args, fmt: KVFormat, chunk: int, context: int, flash_ms: float) -> dict:
-    """Our route: the chunk to itself, dense tiles of the context's codes, and the 8-bit copies of its last pages."""
+    """Our route: the chunk to itself, dense tiles of the context's codes, and the 8-bit copies of its first and last pages."""
     import torch
 
+    from tqai_plugins.core.kv_format import COPIED_PAGES
+    from tqai_plugins.torch_kernels.recent import RecentCopies
     from tqai_plugins.triton_kernels.prepare import prepare
-    from tqai_plugins.triton_kernels.recent import RecentPages
+    from tqai_plugins.triton_kernels.recent import RecentPages, claim
     from tqai_plugins.triton_kernels.workspace import Workspace
     from tqai_plugins.vllm_plugin import prefill
 
     device = torch.device("cuda")
     blocks = -(-context // PAGE)
     zeros = lambda count, layout: torch.zeros(count, args.kv_heads, layout.page_bytes, dtype=torch.uint8, device=device)
-    pages, copies = zeros(blocks, fmt.page_layout(PAGE)), zeros(2, RecentPages.layout(args.head_dim))
+    pages, copies = zeros(blocks, fmt.page_layout(PAGE)), zeros(COPIED_PAGES, RecentPages.layout(args.head_dim))
     table = torch.randperm(blocks, device=device, dtype=torch.int32)[None]
     token = torch.arange(context, device=device)
-    in_copy = token - (blocks - 2) * PAGE
-    recent_table = torch.arange(2, dtype=torch.int32, device=device)[None]
+    slots = table[0].long()[token // PAGE] * PAGE + token % PAGE
+    books = RecentCopies.allocate(COPIED_PAGES, 1, context, device)
+    starts = torch.tensor([0, context], dtype=torch.int32, device=device)
+    claim(books, slots, starts, starts[1:], table, PAGE)
     prepare(
-        None, _draw(args, context, args.kv_heads), _draw(args, context, args.kv_heads), pages,
-        table[0].long()[token // PAGE] * PAGE + token % PAGE, Workspace.allocate(1, args.q_heads, args.head_dim, 1, device),
-        fmt, PAGE, args.head_dim**-0.5, recent=RecentPages(copies, torch.where(in_copy >= 0, in_copy, -1).int(), recent_table),
+        None, _draw(args, context, args.kv_heads), _draw(args, context, args.kv_heads), pages, slots,
+        Workspace.allocate(1, args.q_heads, args.head_dim, 1, device), fmt, PAGE, args.head_dim**-0.5,
+        recent=RecentPages(copies, books.slots, books.table),
     )  # fmt: skip
     query, key, value = (_draw(args, chunk, heads) for heads in (args.q_heads, args.kv_heads, args.kv_heads))
     starts = torch.tensor([0, chunk], dtype=torch.int32, device=device)
     tokens = prefill.tile_tokens(args.kv_heads, args.head_dim, query.dtype)
-    step = prefill.Prefill([0, chunk], [context], starts, table, recent_table, tokens)
+    step = prefill.Prefill([0, chunk], [context], starts, table, books.table, tokens)
     out = torch.full_like(query, torch.nan)
     call = lambda: prefill.attend(
         query, key, value, pages, PAGE, copies, step, fmt, out, softmax_scale=args.head_dim**-0.5, fa_version=3,

@@ -45,6 +45,10 @@ def add_parser(subparsers):
     parser.add_argument(
         "--top-logprobs", type=int, default=1024, help="vllm: most probable tokens that are compared (%(default)s)"
     )
+    parser.add_argument(
+        "--ways", default=["prompt", "continuation"], type=lambda text: text.split(","), help="vllm: prompt,continuation or one of them"
+    )
+    parser.add_argument("--parallel", type=int, default=1, help="vllm: windows that are asked at once (1)")
     parser.add_argument("--server-args", default="", help="vllm: more arguments of `vllm serve`, as one string")
     add_json(parser)
     return parser
