@@ -26,14 +26,14 @@ class ForcedTokens(AdapterLogitsProcessor):
             return None
         tokens = [int(token) for token in options[FORCED_TOKENS].split(",")]
         folder, number = os.environ.get(LOGITS_FOLDER), options.get(KEPT_LOGITS)
-        kept = Kept(Path(folder) / f"{int(number)}.safetensors") if folder and number is not None else None
+        kept = Kept(Path(folder) / f"{int(number)}.safetensors", len(tokens)) if folder and number is not None else None
 
         def force(output_tokens, logits):
             at = len(output_tokens)
             if at >= len(tokens):
                 return logits
             if kept:
-                kept.add(at, logits, len(tokens))
+                kept.add(at, logits)
             wanted = logits[tokens[at]].clone()
             logits.fill_(float("-inf"))
             logits[tokens[at]] = wanted
@@ -43,16 +43,18 @@ class ForcedTokens(AdapterLogitsProcessor):
 
 
 class Kept:
-    """The logits of one request, float32 [tokens, vocabulary], on their device until the last are there."""
+    """The logits of one request of `count` tokens, float32 [count, vocabulary], on their device until the last are there."""
 
-    def __init__(self, path: Path):
-        self.path, self.logits = path, None
+    def __init__(self, path: Path, count: int):
+        self.path, self.count = path, count
+        self.logits = torch.empty(0)
 
-    def add(self, at: int, logits: torch.Tensor, count: int) -> None:
-        if self.logits is None:
-            self.logits = torch.empty(count, *logits.shape, dtype=torch.float32, device=logits.device)
+    def add(self, at: int, logits: torch.Tensor) -> None:
+        """Token `at`'s logits [vocabulary]; the last token's write the file."""
+        if not len(self.logits):
+            self.logits = torch.empty(self.count, *logits.shape, dtype=torch.float32, device=logits.device)
         self.logits[at] = logits
-        if at == count - 1:
+        if at == self.count - 1:
             from safetensors.torch import save_file
 
             unfinished = self.path.with_suffix(f".{os.getpid()}")  # every rank of tensor parallel writes one
