@@ -425,7 +425,7 @@ def test_all_tables_of_a_format_can_be_made_ahead():
     step = Step(KVFormat(4, 3, 128), 1, 2, [70], 64)
     step.keep_recent([[-1, 0, 1]])
     d = device_tables
-    tables = (d.signed_hadamard, d.norms, d.levels, d.encoder, d.lifts)
+    tables = (d.signed_hadamard, d.norms, d.levels, d.encoder)
     for table in tables:
         table.cache_clear()
     device_tables.make_all(step.fmt, DTYPE, step.pages.device)

@@ -28,6 +28,7 @@ from .unpack import (
     key_coordinate,
     load_levels,
     sign_byte,
+    sign_lift,
     sign_plane,
     two_planes,
     unpack_ptx,
@@ -62,7 +63,7 @@ def tuning(fmt: KVFormat, columns: int) -> Tuning:
     if columns * fmt.head_dim > 4 * 128:  # one warp would spill; four would take another matrix unit
         return Tuning(1, 240, 4, 2) if eight else Tuning(1, 168, 6, 2)
     padded = _tile_bytes(fmt, True) != (fmt.head_dim // PLANES[fmt.bits_k], fmt.head_dim // PLANES[fmt.bits_v])
-    if 3 in (fmt.bits_k, fmt.bits_v) or padded:
+    if padded:
         return Tuning(1, 168, 12)  # masked tiles must not be loaded ahead: Triton 3.6 reads them wrongly
     if eight:
         return Tuning(3, 232, 8)  # bytes are the limit: many in flight
@@ -239,7 +240,7 @@ def _load_codes(base, rows, row_stride, columns, column_stride, mask):
 )
 def _decode_kernel(
     planes, q_scale, q_bias, mean_planes, mean_scale, mean_table, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse,
-    k_levels, v_levels, lifts,
+    k_levels, v_levels,
     table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
@@ -319,9 +320,9 @@ def _decode_kernel(
     k_p, k_q = _permute_table(k_levels, TILE, KB)
     v_p, v_q = _permute_table(v_levels, VB, TILE)
     if BITS_K == 3:
-        k_lift = tl.broadcast_to(tl.load(lifts + jk[None, :]), [TILE, KB])
+        k_lift = tl.reshape(tl.broadcast_to(tl.reshape(sign_lift(), [1, 1, 2, 1]), [TILE, KB // 8, 2, 4]), [TILE, KB])
     if BITS_V == 3:
-        v_lift = tl.broadcast_to(tl.load(lifts + jv[:, None]), [VB, TILE])
+        v_lift = tl.reshape(tl.broadcast_to(tl.reshape(sign_lift(), [1, 2, 1, 1]), [VB // 8, 2, 4, TILE]), [VB, TILE])
 
     # Triton loads ahead what a product reads. Scales it would wait for: each tile asks for those of the next one, whose
     # page the tile before has looked up.
@@ -522,7 +523,6 @@ def decode_attention(
         mean_arguments(mean, pages)[0], pages, block_table, seq_lens,
         copy.pages, copy.table, workspace.partial, workspace.lse,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
-        device_tables.lifts(device),
         block_table.stride(0), pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), splits,
         sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,

@@ -47,12 +47,6 @@ def levels(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
 
 
 @functools.lru_cache(None)
-def lifts(device: torch.device) -> torch.Tensor:
-    """int8 [128]: how far the 3-bit signs of magnitude byte j lie below their place (core.bit_packing)."""
-    return torch.tensor([0, 0, 0, 0, 2, 2, 2, 2] * 16, dtype=torch.int8, device=device)
-
-
-@functools.lru_cache(None)
 def encoder(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
     """float32: the grids to try (multiples of a vector's root mean square), boundaries, magnitudes."""
     book = Codebook.lloyd_max(head_dim, bits)
@@ -68,7 +62,6 @@ def make_all(fmt: KVFormat, dtype: torch.dtype, device: torch.device) -> None:
     signed_hadamard(fmt.head_dim, padded, dtype, device)
     signed_hadamard(fmt.head_dim, padded, torch.bfloat16, device, back=True)
     norms(fmt.head_dim, padded, device)
-    lifts(device)
     for bits in (fmt.bits_k, fmt.bits_v, recent_format(fmt.head_dim).bits_k):
         levels(fmt.head_dim, bits, device)
         encoder(fmt.head_dim, bits, device)

@@ -109,6 +109,13 @@ def sign_byte(byte):
 
 
 @triton.jit
+def sign_lift():
+    """int8 [1, 2]: how far the 3-bit signs of four magnitude bytes, and of the next four, lie below their place
+    (core.bit_packing). Not a table in memory: what is loaded there keeps Triton from loading codes ahead."""
+    return tl.join(tl.full([1], 0, tl.int8), tl.full([1], 2, tl.int8))
+
+
+@triton.jit
 def load_levels(codes, coordinate, stride, levels, mask, BITS: tl.constexpr, D: tl.constexpr):
     """int8 values of coordinates, whatever the target: the plain form of unpack_ptx.
 
