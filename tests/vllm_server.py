@@ -1,4 +1,4 @@
-"""A `vllm serve` for tests, on vLLM's CPU build."""
+"""A `vllm serve` for tests: of vLLM's CPU build, and where there is a GPU, of the CUDA build."""
 
 import contextlib
 import os
@@ -11,11 +11,12 @@ import time
 import urllib.request
 from pathlib import Path
 
-# One thread, not bound to a core: several on a shared machine wait for each other at every small step.
-ENV = {
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-}  # fmt: skip
+import torch
+
+CUDA = torch.cuda.is_available()
+ENV = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+if not CUDA:  # one thread, not bound to a core: several on a shared machine wait for each other at every small step
+    ENV |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
 class Server:
@@ -58,12 +59,12 @@ class Server:
         return found
 
     def process(self, name: str) -> int:
-        """EngineCore, or Worker, which holds the model and the cache."""
+        """EngineCore, or Worker, which holds the model and the cache; on one GPU EngineCore does."""
         return next(pid for pid, called in self.processes().items() if f"VLLM::{name}" in called)
 
     def megabytes(self) -> float:
         """Memory of its own of the worker."""
-        status = Path(f"/proc/{self.process('Worker')}/status").read_text()
+        status = Path(f"/proc/{self.process('EngineCore' if CUDA else 'Worker')}/status").read_text()
         return round(int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1024, 1)
 
 
@@ -74,8 +75,8 @@ def serve(model, log: Path, *options, until: str | None = None):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        Path(sys.executable).with_name("vllm"), "serve", model, "--host", "127.0.0.1", "--port", port,
-        "--served-model-name", "m", "--enforce-eager", *options,
+        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, "--host", "127.0.0.1", "--port", port,
+        "--served-model-name", "m", *([] if CUDA else ["--enforce-eager"]), *options,
     ]  # fmt: skip
     with log.open("w") as out:
         process = subprocess.Popen(

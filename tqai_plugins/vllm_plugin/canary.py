@@ -40,6 +40,9 @@ class Canary:
     def __init__(self, config):
         self.every = Options.of(config).canary
         self._wait()
+        if self.every:
+            for what in ("keys", "values", "attention"):
+                metrics.count_canary(config, what, 0, 0, _worst.get(what, 0.0))  # shown from the start
 
     def _wait(self) -> None:
         self.left = _chance.randint(1, max(1, 2 * self.every - 1))
@@ -135,4 +138,4 @@ def _note(config, what: str, error: float, bound: float, where: str) -> None:
             "tqai_canary_failures_total", what, error, bound, where,
         )  # fmt: skip
     _worst[what] = max(_worst.get(what, 0.0), error if math.isfinite(error) else math.inf)
-    metrics.count_canary(config, what, failed, _worst[what])
+    metrics.count_canary(config, what, 1, failed, _worst[what])

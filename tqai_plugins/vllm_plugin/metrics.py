@@ -161,11 +161,11 @@ def set_key_means(config, layers: int) -> None:
     _of_process(config).set("tqai_key_mean_layers", layers)
 
 
-def count_canary(config, what: str, failed: bool, worst: float) -> None:
-    """Count one check of the canary; worst: the largest error so far."""
+def count_canary(config, what: str, checks: int, failures: int, worst: float) -> None:
+    """Count checks of the canary; worst: the largest error so far."""
     files = _of_process(config)
-    files.add("tqai_canary_checks", 1, what=what)
-    files.add("tqai_canary_failures", failed, what=what)
+    files.add("tqai_canary_checks", checks, what=what)
+    files.add("tqai_canary_failures", failures, what=what)
     files.set("tqai_canary_error", worst, what=what)
 
 
