@@ -38,6 +38,7 @@ REACHES = Reach(1024, 1e8, 6, 1 / 6), Reach(1 << 16, 1e12, 14, 0.4)
 CODE = 0o6331141367235453  # generates the BCH code [63, 16, 23]; with a bit of parity, 65,536 words that differ in 24 bits of 64
 WIDTH = 64  # of a word's vector; the residual stream holds it, what layer 0 and 1 find, and a constant
 HIDDEN = 5 * WIDTH
+BIAS = 300.0
 SHARPNESS = {"near": 300.0, "same": 100.0}  # the score of what is sought
 
 
@@ -77,8 +78,9 @@ def _vectors(generator, words: int):
     return (1 - 2 * np.c_[bits, bits.sum(1) % 2]) / WIDTH**0.5
 
 
-def write(folder: Path, words: int = WORDS, context: int = 1024, **config) -> Path:
-    """The checkpoint, with a tokenizer of one token a word, for contexts of so many tokens; at most 65,535 words."""
+def write(folder: Path, words: int = WORDS, context: int = 1024, biased_pairs: int = 0, **config) -> Path:
+    """The checkpoint, with a tokenizer of one token a word, for contexts of so many tokens; at most 65,535 words. biased_pairs: so
+    many pairs of RoPE, of those that no query looks at, get large biases of keys; no answer changes."""
     import numpy as np
     from safetensors.numpy import save_file
 
@@ -119,6 +121,12 @@ def write(folder: Path, words: int = WORDS, context: int = 1024, **config) -> Pa
             place = answered if layer else (before, itself)[kv]
             o[group, : 2 * SLOW, place] = turn / (heads if layer else GROUP)
         prefix = f"model.layers.{layer}."
+        if biased_pairs:
+            bias = zeros(KV_HEADS, 2, half)
+            bias[:, :, reach.fast : reach.fast + biased_pairs] = BIAS
+            tensors[f"{prefix}self_attn.k_proj.bias"] = bias.reshape(-1)
+            for name, width in (("q", heads * HEAD_DIM), ("v", KV_HEADS * HEAD_DIM), ("o", HIDDEN)):
+                tensors[f"{prefix}self_attn.{name}_proj.bias"] = zeros(width)
         flat = {name: x.reshape(-1, HIDDEN) for name, x in (("q", q), ("k", k), ("v", v), ("o", o))}
         flat["o"] = np.ascontiguousarray(flat["o"].T)
         tensors |= {f"{prefix}self_attn.{name}_proj.weight": x for name, x in flat.items()}
@@ -127,11 +135,12 @@ def write(folder: Path, words: int = WORDS, context: int = 1024, **config) -> Pa
         for name, shape in (("gate", (16, HIDDEN)), ("up", (16, HIDDEN)), ("down", (HIDDEN, 16))):
             tensors[f"{prefix}mlp.{name}_proj.weight"] = zeros(*shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert reach.fast + biased_pairs <= half - SLOW
     sizes = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocabulary, "hidden_size": HIDDEN,
         "intermediate_size": 16, "num_hidden_layers": LAYERS, "num_attention_heads": heads, "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM, "rope_theta": reach.theta, "rms_norm_eps": 1e-9, "max_position_embeddings": context, "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": START, "eos_token_id": START + 1,
+        "attention_bias": biased_pairs > 0, "tie_word_embeddings": False, "torch_dtype": "float32", "bos_token_id": START, "eos_token_id": START + 1,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(sizes | config))
     _write_tokenizer(folder, vocabulary, context)

@@ -85,3 +85,26 @@ def test_a_mean_pays_where_scores_are_noisier_than_values():
     # 4-bit keys lose 0.14 of variance, which 4-bit values do not hide but 2-bit values do; ten times as much they do not.
     assert pays(4, 4, 0.2) and not pays(4, 2, 0.2) and pays(4, 2, 2.0)
     assert pays(3, 3, 0.2) and not pays(4, 4, 0.01) and not key_mean.may_pay(KVFormat(8, 4, HEAD_DIM))
+
+
+def test_keys_need_8_bits_where_more_is_left_of_their_mean_than_tells_them_apart():
+    means = np.zeros((2, HEAD_DIM))
+    means[:, : key_mean.MEAN_PAIRS + 4] = 10  # in four pairs more than are kept
+    pairs = key_mean.choose_pairs(key_mean.energy(means))
+    for scatter, needs in ((100, True), (300, False)):
+        squares = np.zeros((2, HEAD_DIM // 2))
+        squares[1, 0] = (means[0] ** 2).sum() + scatter
+        layer = key_mean.LayerMeans(means, np.array([0.2, 0.2]), squares)
+        lost, found = key_mean.lost_energy(layer, pairs), key_mean.scatter_energy(layer)
+        assert (lost, found) == (pytest.approx(0.2 * 400), pytest.approx(0.2 * scatter))
+        assert key_mean.cannot_hold(KVFormat(4, 4, HEAD_DIM), lost, found) is needs
+        assert not key_mean.cannot_hold(KVFormat(8, 4, HEAD_DIM), lost, found)
+    assert not key_mean.cannot_hold(KVFormat(4, 4, HEAD_DIM), 1.0, 0.0), "queries hardly look there"
+
+
+def test_tokens_to_measure_with():
+    text = list(range(1000))
+    assert key_mean.choose_tokens(text, 50, 10_000) == text[: key_mean.TOKENS] and key_mean.choose_tokens(text, 50, 100) == text[:100]
+    for unknown in ([], [7] * 1000):
+        found = key_mean.choose_tokens(unknown, 50, 10_000)
+        assert len(found) == key_mean.TOKENS and set(found) <= set(range(50)) and len(set(found)) > 40

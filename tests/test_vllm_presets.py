@@ -49,11 +49,11 @@ def test_a_server_gives_each_layer_its_format_and_reads_the_codebook(smol, prese
         "--kv-cache-memory-bytes", BLOCKS * BLOCK * token_bytes, "--additional-config", json.dumps(additional),
     ]  # fmt: skip
     with serve(smol, tmp_path / "log", *options) as server:
-        assert "tqai: KV cache of a preset, 20 layers tqai_k8v4, 10 layers tqai_k8v8: 30 layers of full attention" in server.log
+        assert "tqai: KV cache of several formats, 20 layers tqai_k8v4, 10 layers tqai_k8v8: 30 layers of full attention" in server.log
         assert "tqai: codebook fuzzy-mse-64-4-" in server.log
         assert server.tokens == BLOCKS * BLOCK, "pages have the bytes of their layers' formats, without padding"
         assert server.metric("tqai_token_bytes") == token_bytes
-        assert server.metric("tqai_cache_info", format="preset") == 1
+        assert server.metric("tqai_cache_info", format="several") == 1
         # With the run's own 2 bits and without key means this model counts no further than a few numbers.
         assert server.complete(COUNT, 24).startswith(" 60, 61, 62, 63, 64, 65")
         assert server.complete(COUNT, 24).startswith(" 60, 61, 62, 63, 64, 65"), "from the prefix cache"

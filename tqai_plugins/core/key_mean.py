@@ -25,12 +25,16 @@ from .rotation import Rotation
 MEAN_PAIRS = 16
 COLUMNS = 2 * MEAN_PAIRS  # of the table: cosines, then sines
 TOKENS = 512  # of core.texts.PROSE, over which a mean is taken; fewer where the model reads no more
+LEAST_DISTINCT = 32  # tokens among them, from a tokenizer that knows the text's words
 FIRST_TOKEN = 4  # earlier keys are attention sinks, unlike the others: they are stored whole
 TABLE_TOP = 127
 # A mean costs time to read. It pays where it takes more from the variance of scores than LEAST_GAIN, and more than
 # VALUES_SHARE of the values' relative squared error, which attention's output has in any case.
 LEAST_GAIN = 0.02
 VALUES_SHARE = 2.0
+# Biases of keys may lie in more pairs than are kept. Where what is left of the mean outweighs what tells keys apart so many times,
+# codes of less than 8 bits would mostly hold the bias.
+MOST_LOST = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,14 @@ class LayerMeans:
     means: np.ndarray
     query_energy: np.ndarray
     squares: np.ndarray
+
+
+def choose_tokens(text: list[int], vocabulary: int, most: int) -> list[int]:
+    """Up to `most` of TOKENS tokens to measure with: those of core.texts.PROSE, or pseudo-random ones, which are worth less, where
+    there is no tokenizer (text is empty) or it does not know the words."""
+    if len(set(text)) < LEAST_DISTINCT:
+        text = np.random.default_rng(0).integers(vocabulary, size=TOKENS).tolist()
+    return text[: min(TOKENS, most)]
 
 
 def measure(keys: np.ndarray, queries: np.ndarray, cos: np.ndarray, sin: np.ndarray, softmax_scale: float) -> LayerMeans:
@@ -77,6 +89,22 @@ def kept_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
     pairs, int [pairs]."""
     a, b = np.split(layer.means, 2, -1)
     return float(((a * a + b * b)[:, pairs].sum(-1) * layer.query_energy).mean())
+
+
+def lost_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
+    """The same of the mean in all other pairs, which stays in the codes."""
+    return kept_energy(layer, np.arange(layer.means.shape[-1] // 2)) - kept_energy(layer, pairs)
+
+
+def scatter_energy(layer: LayerMeans) -> float:
+    """The same of what tells keys apart: of their distance to the mean."""
+    total = float(layer.query_energy.mean() * layer.squares[1].sum())
+    return max(0.0, total - kept_energy(layer, np.arange(layer.means.shape[-1] // 2)))
+
+
+def cannot_hold(fmt: KVFormat, lost: float, scatter: float) -> bool:
+    """Whether a layer's keys need 8 bits, by its lost_energy and scatter_energy over all of its heads."""
+    return lost > MOST_LOST * scatter and lost * noise(fmt.head_dim, fmt.bits_k) > LEAST_GAIN
 
 
 def energy(means: np.ndarray) -> np.ndarray:

@@ -18,7 +18,9 @@ NAME = "tqai_key_means"
 def learn(model, tokenizer) -> dict[int, LayerMeans]:
     """Layer -> its means, while the model reads a built-in text. ValueError for a model whose RoPE does not turn all
     pairs (i, i + head_dim / 2) by one position."""
-    tokens = tokenizer(PROSE, return_tensors="pt").input_ids[:, : key_mean.TOKENS].to(model.device)
+    vocabulary = model.config.get_text_config().vocab_size
+    text = key_mean.choose_tokens(tokenizer(PROSE).input_ids, vocabulary, key_mean.TOKENS)
+    tokens = torch.tensor([text], device=model.device)
     positions = torch.arange(tokens.shape[1], device=model.device)[None]
     found: dict[int, LayerMeans] = {}
 

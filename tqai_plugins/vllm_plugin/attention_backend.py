@@ -233,7 +233,7 @@ class Impl(TurboQuantAttentionImpl):
         self.recent_pages = self.key_mean = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.lends = False  # whether other layers read this one's cache
-        self.use_format(kv_cache_dtype)
+        self._set_format(kv_cache_dtype)
 
     @property
     def owner(self) -> Impl:
@@ -243,7 +243,11 @@ class Impl(TurboQuantAttentionImpl):
         return self.config.compilation_config.static_forward_context[self.kv_sharing_target_layer_name].impl
 
     def use_format(self, name: str) -> None:
-        """Before any page is made: the run's format, or for a layer of a preset another."""
+        """Before any page is made: another format than the run's."""
+        self._set_format(name)
+        device_tables.make_all(self.fmt, self.config.model_config.dtype, self.workspace.planes.device)
+
+    def _set_format(self, name: str) -> None:
         self.kv_cache_dtype, self.fmt = name, KVFormat.from_name(name, self.head_size)
         device = torch.device("cuda", torch.cuda.current_device())
         requests = self.config.scheduler_config.max_num_seqs

@@ -253,14 +253,11 @@ def customize_spec(spec):
     return replace(spec, state_content_bytes=active_format(spec.head_size).slot_bytes)
 
 
-def check_presets() -> None:
-    """ValueError before 0.29, where a page's shape is asked of the backend, which does not know the layer."""
+def has_formats_of_layers() -> bool:
+    """0.29 on. Before, a page's shape is asked of the backend, which does not know the layer."""
     from vllm.v1.attention.backend import AttentionBackend
 
-    if "get_kv_cache_shape" in vars(AttentionBackend):
-        import vllm
-
-        raise ValueError(f"presets need vLLM 0.29 or newer, this is {vllm.__version__}; leave out the tqai option preset")
+    return "get_kv_cache_shape" not in vars(AttentionBackend)
 
 
 def layer_index(name: str) -> int:

@@ -8,8 +8,10 @@ a server agree.
 
 from __future__ import annotations
 
+import functools
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,13 +31,30 @@ from tqai_plugins.core.texts import PROSE
 from tqai_plugins.torch_kernels.key_mean import KeyMean
 from tqai_plugins.torch_kernels.paged import dense_attention
 
-from . import compat, key_balance, metrics
+from . import compat, key_balance, metrics, wide_keys
 from .options import Options
 
 logger = init_logger("vllm.tqai")
 
 # While the model reads: keys, values and queries of each layer, by its name.
 _read: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a layer: this rank's heads and, so that all ranks decide alike, of all ranks' the pairs of its mean and what
+    core.key_mean calls kept, lost and scatter energy with these."""
+
+    mine: key_mean.LayerMeans
+    pairs: np.ndarray
+    kept: float
+    lost: float
+    scatter: float
+
+    @classmethod
+    def of(cls, mine: key_mean.LayerMeans, pairs: np.ndarray, mean_of_ranks: Callable = lambda x: x) -> Measured:
+        energies = key_mean.kept_energy(mine, pairs), key_mean.lost_energy(mine, pairs), key_mean.scatter_energy(mine)
+        return cls(mine, pairs, *mean_of_ranks(np.array(energies)).tolist())
 
 
 def read(impl, layer, query, key, value, output):
@@ -75,7 +94,8 @@ def why_none(config) -> str | None:
 
 
 def learn(model: torch.nn.Module, config) -> None:
-    """Balance the compressed layers of `model` that can be, give the others a key mean where it pays, and say so in the log.
+    """Balance the compressed layers of `model` that can be, give the others a key mean where it pays or 8-bit keys where it cannot
+    help, and say so in the log.
 
     A mean took nothing more from what balance leaves of the distance to the uncompressed model, and costs time to read.
     """
@@ -87,24 +107,24 @@ def learn(model: torch.nn.Module, config) -> None:
         reason = "no layer with keys below 8 bits and RoPE of the common form"
     stored = _stored_means(with_rope, config)
     found = stored or _means_of_text(with_rope, model, config)
-    number = 0
-    for layer, (measured, pairs, kept) in found.items():
-        if layer not in balanced and key_mean.pays(layer.impl.fmt, kept):
-            layer.impl.key_mean = _key_mean(measured.means, pairs, with_rope[layer], config)
-            number += 1
+    others = {layer: measured for layer, measured in found.items() if layer not in balanced}
+    wide_keys.give({layer for layer, x in others.items() if key_mean.cannot_hold(layer.impl.fmt, x.lost, x.scatter)}, config)
+    paying = [layer for layer, x in others.items() if key_mean.may_pay(layer.impl.fmt) and key_mean.pays(layer.impl.fmt, x.kept)]
+    for layer in paying:
+        layer.impl.key_mean = _key_mean(others[layer], with_rope[layer], config)
     for layer, module in balanced.items():
-        key_balance.balance(module, found[layer][0].squares if layer in found else None)
-    metrics.set_key_means(config, number)
+        key_balance.balance(module, found[layer].mine.squares if layer in found else None)
+    metrics.set_key_means(config, len(paying))
     if balanced:
         source = "what they are in a text" if found else "the weights of their norms"
         logger.info("tqai: the keys of %d layers are stored in balance with their queries, by %s", len(balanced), source)
-    others = len(with_rope.keys() - balanced.keys())
     if reason:
         logger.info("tqai: keys are stored without a key mean: %s", reason)
+        wide_keys.warn_of_biases(model, reason)
     elif others:
         logger.info(
             "tqai: the keys of %d of %d layers are stored less their mean, by %d pairs of RoPE, where it pays; %s in %.1f s",
-            number, others, key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned",
+            len(paying), len(others), key_mean.MEAN_PAIRS, "read from the folder" if stored else "learned",
             time.perf_counter() - start,
         )  # fmt: skip
 
@@ -125,17 +145,13 @@ def _layers(model: torch.nn.Module, config) -> dict:
 
 
 def _tokens(config) -> torch.Tensor:
-    """Of the text; pseudo-random ones, which are worth less, where vLLM was told to load no tokenizer."""
-    if config.model_config.skip_tokenizer_init:
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(config.model_config.get_vocab_size(), (key_mean.TOKENS,), generator=generator)
-    else:
-        tokens = torch.tensor(cached_tokenizer_from_config(config.model_config).encode(PROSE))
-    return tokens[: min(key_mean.TOKENS, config.model_config.max_model_len)]
+    model = config.model_config
+    text = [] if model.skip_tokenizer_init else cached_tokenizer_from_config(model).encode(PROSE)
+    return torch.tensor(key_mean.choose_tokens(text, model.get_vocab_size(), model.max_model_len))
 
 
-def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
-    """Layer -> what is measured of this rank's heads, and of all ranks' the pairs and their kept_energy; squares are all ranks'."""
+def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict[torch.nn.Module, Measured]:
+    """By layer."""
     global _read
     if not layers:
         return {}
@@ -152,18 +168,19 @@ def _means_of_text(layers: dict, model: torch.nn.Module, config) -> dict:
         keys, queries = (x.cpu().numpy() for x in read[layer.layer_name][::2])
         cos, sin = _turns(rope, len(keys))
         mine = key_mean.measure(keys, queries, cos, sin, layer.impl.scale)
-        mine = replace(mine, squares=_sum_of_ranks(mine.squares, device))
-        pairs = key_mean.choose_pairs(_sum_of_ranks(key_mean.energy(mine.means), device))
-        kept = _sum_of_ranks(np.array([key_mean.kept_energy(mine, pairs)]), device)[0]
-        found[layer] = mine, pairs, kept / get_tensor_model_parallel_world_size()
+        mean_of_ranks = functools.partial(_mean_of_ranks, device=device)
+        pairs = key_mean.choose_pairs(mean_of_ranks(key_mean.energy(mine.means)))
+        measured = Measured.of(mine, pairs, mean_of_ranks)
+        found[layer] = replace(measured, mine=replace(mine, squares=mean_of_ranks(mine.squares)))
     return found
 
 
-def _sum_of_ranks(x: np.ndarray, device) -> np.ndarray:
-    return tensor_model_parallel_all_reduce(torch.tensor(x, dtype=torch.float32, device=device)).cpu().numpy()
+def _mean_of_ranks(x: np.ndarray, device) -> np.ndarray:
+    total = tensor_model_parallel_all_reduce(torch.tensor(x, dtype=torch.float32, device=device)).cpu().numpy()
+    return total / get_tensor_model_parallel_world_size()
 
 
-def _stored_means(layers: dict, config) -> dict | None:
+def _stored_means(layers: dict, config) -> dict[torch.nn.Module, Measured] | None:
     """The same from a converted folder, None if it has no means; ValueError if they are another model's."""
     held = key_mean_file.read(config.model_config.model)
     if held is None:
@@ -178,9 +195,9 @@ def _stored_means(layers: dict, config) -> dict | None:
                 f"coordinates for layer {number}; convert the model again"
             )
         first = get_tensor_model_parallel_rank() * heads // get_tensor_model_parallel_world_size()
-        pairs = key_mean.choose_pairs(key_mean.energy(held[number].means))
+        measured = Measured.of(held[number], key_mean.choose_pairs(key_mean.energy(held[number].means)))
         mine = replace(held[number], means=held[number].means[first : first + layer.num_kv_heads])
-        found[layer] = mine, pairs, key_mean.kept_energy(held[number], pairs)
+        found[layer] = replace(measured, mine=mine)
     return found
 
 
@@ -189,10 +206,10 @@ def _turns(rope, positions: int) -> list[np.ndarray]:
     return np.split(rope.cos_sin_cache[:positions].float().cpu().numpy(), 2, 1)
 
 
-def _key_mean(means: np.ndarray, pairs: np.ndarray, rope, config) -> KeyMean:
+def _key_mean(measured: Measured, rope, config) -> KeyMean:
     """With a table for whole tiles of positions."""
     rows = -(-config.model_config.max_model_len // RECENT_PAGE_TOKENS) * RECENT_PAGE_TOKENS
     cos, sin = _turns(rope, rows)
     table = np.zeros((rows, key_mean.COLUMNS), np.int8)
-    table[: len(cos)] = key_mean.make_table(cos, sin, pairs)
-    return KeyMean.make(means, pairs, torch.from_numpy(table).to(rope.cos_sin_cache.device), key_mean.unit(cos))
+    table[: len(cos)] = key_mean.make_table(cos, sin, measured.pairs)
+    return KeyMean.make(measured.mine.means, measured.pairs, torch.from_numpy(table).to(rope.cos_sin_cache.device), key_mean.unit(cos))

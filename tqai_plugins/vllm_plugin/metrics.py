@@ -115,15 +115,22 @@ def _cached_layers(config) -> list:
     return [x for x in layers if hasattr(x, "kv_cache_dtype") and not getattr(x, "kv_sharing_target_layer_name", None)]
 
 
-_announced = False
+_announced: dict[str, str] = {}  # the labels of tqai_cache_info
 
 
 def announce(config, kernels: str) -> None:
     """Say once, when the weights are loaded, what is compressed and by what; set the gauges."""
-    global _announced
-    if _announced:
-        return
-    _announced = True
+    if not _announced:
+        _describe(config, kernels)
+
+
+def announce_again(config) -> None:
+    """Say it anew, since layers have got other formats."""
+    _of_process(config).set("tqai_cache_info", 0, **_announced)
+    _describe(config, _announced["kernels"])
+
+
+def _describe(config, kernels: str) -> None:
     layers = _cached_layers(config)
     kinds: Counter = Counter()
     formats: Counter = Counter()
@@ -143,13 +150,14 @@ def announce(config, kernels: str) -> None:
         kinds[kind] += 1
     held = f"{fmt.name}, {fmt.bits_k}-bit keys and {fmt.bits_v}-bit values"
     if len(formats) > 1:
-        held = f"of a preset, {', '.join(f'{n} layers {name}' for name, n in sorted(formats.items()))}"
+        held = f"of several formats, {', '.join(f'{n} layers {name}' for name, n in sorted(formats.items()))}"
     logger.info(
         "tqai: KV cache %s: %s; %s bytes a token in all layers here, %.2f times smaller than 16 bits; kernels: %s",
         held, ", ".join(f"{n} layers of {kind}" for kind, n in kinds.items()), f"{coded:,}", plain / coded, kernels,
     )  # fmt: skip
     files = _of_process(config)
-    files.set("tqai_cache_info", 1, format=fmt.name if len(formats) == 1 else "preset", kernels=kernels)
+    _announced.update(format=fmt.name if len(formats) == 1 else "several", kernels=kernels)
+    files.set("tqai_cache_info", 1, **_announced)
     files.set("tqai_token_bytes", coded)
     files.set("tqai_compression_ratio", plain / coded)
     for kind, number in kinds.items():

@@ -6,6 +6,8 @@ each layer for its page size: layers of one kind may differ in it, as those of o
 
 from __future__ import annotations
 
+import vllm
+
 from tqai_plugins.core.codebook import use_for
 from tqai_plugins.core.kv_format import SERVED_NAMES, is_tqai, parse_name
 
@@ -18,22 +20,31 @@ def check(config) -> None:
     preset = Options.of(config).preset
     if preset is None:
         return
-    compat.check_presets()
+    if not compat.has_formats_of_layers():
+        raise ValueError(f"presets need vLLM 0.29 or newer, this is {vllm.__version__}; leave out the tqai option preset")
     model = config.model_config
     text = model.hf_text_config
     preset.check_model(text.num_hidden_layers, model.get_head_size())
     for layer, name in preset.formats:
         if name not in SERVED_NAMES:
             raise ValueError(f"the preset gives layer {layer} the format {name}, which vLLM cannot serve; allowed are {', '.join(SERVED_NAMES)}")
+    reason = why_none(config, several_kinds=len(preset.formats) < text.num_hidden_layers)
+    if reason:
+        raise ValueError(f"vLLM cannot serve a preset together with {reason}; leave out the tqai option preset")
+
+
+def why_none(config, several_kinds: bool) -> str | None:
+    """What keeps single layers of a server from having a format of their own, None if they may."""
     speculative = config.speculative_config
     for unserved, what in (
         # vLLM would pad the pages of all layers to one size: measured, Gemma's preset held 42 % fewer tokens than without.
-        (len(preset.formats) < text.num_hidden_layers, "layers of several kinds, such as sliding windows"),
+        (several_kinds, "layers of several kinds, such as sliding windows"),
         (speculative is not None and speculative.method not in ("ngram", "suffix"), "a draft model"),
         (config.kv_transfer_config is not None, "a KV connector"),
     ):
         if unserved:
-            raise ValueError(f"vLLM cannot serve a preset together with {what}; leave out the tqai option preset")
+            return what
+    return None
 
 
 def use_codebooks(config) -> None:
@@ -52,6 +63,11 @@ def apply(config) -> None:
     for name, layer in config.compilation_config.static_forward_context.items():
         wanted = is_tqai(getattr(layer, "kv_cache_dtype", None)) and formats.get(compat.layer_index(name))
         if wanted and layer.kv_cache_dtype != wanted:
-            layer.kv_cache_dtype = wanted
-            layer.impl.use_format(wanted)
-            compat.own_page_size(layer)
+            give(layer, wanted)
+
+
+def give(layer, name: str) -> None:
+    """Let a layer have this format, before vLLM asks for its page size."""
+    layer.kv_cache_dtype = name
+    layer.impl.use_format(name)
+    compat.own_page_size(layer)
