@@ -9,7 +9,7 @@ from tqai_plugins.core import json_file
 
 # The first word of a file's name -> the command whose --json wrote it, and whose --plot draws it.
 COMMANDS = {
-    "codebooks": "codebook", "codec": "benchmark_codec", "forward": "benchmark_forward", "kernels": "benchmark_kernels",
+    "codebooks": "codebook", "codec": "benchmark_codec", "forward": "benchmark_forward", "kernels": "benchmark_kernels", "needle": "benchmark_needle",
     "plan": "plan", "quality": "benchmark_quality", "recommend": "recommend",
     "served": "_benchmark_quality_vllm", "serving": "benchmark_serving",
 }  # fmt: skip

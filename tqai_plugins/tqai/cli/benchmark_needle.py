@@ -1,0 +1,213 @@
+"""`tqai benchmark needle`: is one sentence of a long text found again through a compressed cache?
+
+A text of each length of --contexts has the sentence "The pass number of Bergen is 4817." at each of --depths. When the cache holds
+it all, the sentence's beginning is given again, and the number is scored: whether each of its tokens is the likeliest, as it must be to be
+written, and the probability of all. Beginning and number are read token by token or, by transformers, as one piece behind the prompt.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqai_plugins.core.kv_format import is_tqai
+
+from ._parse import fractions, numbers
+from .benchmark_quality import REFERENCE, Entry, machine, read_text
+
+DEFAULT_FORMATS = {"transformers": "k8v8,k4v4,k4v2,k3v3", "vllm": "fp8,k8v8,k4v4,k4v2,k3v3"}
+PLACES = ("Bergen", "Cork", "Delft", "Lugo", "Oslo", "Parma", "Riga", "Turku")
+
+
+def add_parser(subparsers):
+    from . import add_json
+
+    parser = subparsers.add_parser("needle", help="find one sentence of a long text again, at every depth")
+    parser.add_argument(
+        "--runtime", default="transformers", choices=("transformers", "vllm"),
+        help="whose cache: transformers' (transformers), or that of `vllm serve`, which this starts for each format",
+    )  # fmt: skip
+    parser.add_argument("--model", default="demo", help="Hugging Face id, folder or demo (demo)")
+    parser.add_argument("--text", type=Path, help="the hay (a built-in text, again and again)")
+    parser.add_argument("--formats", help="as of `tqai benchmark quality`")
+    parser.add_argument("--contexts", default="512,1024,2048", help="tokens (%(default)s)")
+    parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="from 0 to 1 (%(default)s)")
+    parser.add_argument("--needles", type=int, default=4, help="sentences at each place, one at a time (4)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--chunk", type=int, default=512, help="vllm: prompts are read so many tokens at a time (512)")
+    parser.add_argument("--parallel", type=int, default=1, help="vllm: texts that are asked at once (1)")
+    parser.add_argument("--server-args", default="", help="vllm: more arguments of `vllm serve`, as one string")
+    parser.add_argument("--plot", metavar="FILE", help="write a PNG of what was found where")
+    parser.set_defaults(strategy="residual", sink_tokens=None, residual_window=128, top_logprobs=1)
+    add_json(parser)
+    return parser
+
+
+@dataclass(frozen=True)
+class Case:
+    """A text with a needle, the beginning of its sentence, and the tokens that are to follow."""
+
+    context: int
+    depth: float
+    prompt: list[int]
+    asked: list[int]
+    answer: list[int]
+
+
+def make_cases(encode: Callable[[str], list[int]], hay: str, contexts: list[int], depths: list[float], needles: int) -> list[Case]:
+    """So many for each context and depth. ValueError for a context with no room for hay."""
+    tokens, source, cases = encode(hay), random.Random(0), []
+    for context, depth, i in itertools.product(contexts, depths, range(needles)):
+        asked = f"\nThe pass number of {PLACES[i % len(PLACES)]} is"
+        question, whole, needle = map(encode, (asked, f"{asked} {(number := source.randint(1000, 9999))}", f"{asked} {number}.\n"))
+        room = context - len(needle) - len(whole)
+        if room < len(needle):
+            raise ValueError(f"--contexts has {context}, which has no room for hay; give {2 * len(needle) + len(whole)} and more")
+        straw = list(itertools.islice(itertools.cycle(tokens), room))
+        at = round(depth * room)
+        cases.append(Case(context, depth, straw[:at] + needle + straw[at:], question, whole[len(question) :]))
+    return cases
+
+
+def run(args) -> int:
+    from . import emit
+
+    if args.needles < 1:
+        raise ValueError(f"--needles is {args.needles}; allowed are 1 and more")
+    contexts, depths = numbers(args.contexts, "--contexts"), fractions(args.depths, "--depths")
+    head = {
+        "model": args.model, "text": args.text.name if args.text else "built-in", "runtime": args.runtime, "needles": args.needles,
+        "dtype": args.dtype, "machine": machine("torch", args.runtime),
+    }  # fmt: skip
+    make = lambda tokenizer: make_cases(_encoder(tokenizer), read_text(args.text), contexts, depths, args.needles)
+    rows, data = [], head
+    for row in (_served if args.runtime == "vllm" else _generated)(args, max(contexts), make):
+        rows.append(row)
+        data = head | {"rows": rows}
+        if args.json not in (None, "-"):  # what is stopped keeps the formats that are done
+            Path(args.json).write_text(json.dumps(data, indent=1))
+        print(f"{row['name']}: {row['why'] if 'why' in row else format(mean(row['cells'], 'found'), '.1%')}", file=sys.stderr, flush=True)
+    emit(args, data, lambda: show(data))
+    if args.plot:
+        plot(data, args.plot)
+    unread = [row["name"] for row in rows if row.get("tokens_read") == 0]
+    if unread:
+        print(f"tqai: no codes were read ({', '.join(unread)}): the exact tokens cover the contexts", file=sys.stderr)
+    return int(bool(unread) or any("why" in row and row["name"] != "fp8" for row in rows))
+
+
+def _encoder(tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _generated(args, context: int, make) -> Iterator[dict]:
+    """A row for each cache of transformers."""
+    import torch
+    from tqai import Cache, models
+    from transformers import DynamicCache
+
+    from tqai_plugins.transformers_plugin import key_balance
+
+    entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS["transformers"]).split(",")]
+    model, tokenizer = models.load(args.model, getattr(torch, args.dtype))
+    cases, factors = make(tokenizer), key_balance.of(model)
+    for entry in (None, *entries):
+        read, found = 0, []
+        for case in cases:
+            cache = DynamicCache(config=model.config) if entry is None else Cache(model.config, key_factors=factors, **entry.options)
+            forced = torch.tensor([case.asked + case.answer], device=model.device)
+            with torch.inference_mode():
+                model(torch.tensor([case.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
+                found.append(model(forced[:, :-1], past_key_values=cache, logits_to_keep=len(case.answer)).logits[0])
+            read += getattr(cache, "vectors_dequantized", 0)
+        row = {"name": entry.name if entry else REFERENCE, "cells": cells(cases, found)}
+        yield row | ({"tokens_read": read} if entry else {})
+
+
+def _served(args, context: int, make) -> Iterator[dict]:
+    """A row for each server, with why where one did not answer."""
+    from tqai import models
+    from transformers import AutoTokenizer
+
+    from ._vllm_server import Entry, Server
+
+    entries = [Entry.parse(text) for text in (args.formats or DEFAULT_FORMATS["vllm"]).split(",")]
+    folder, extra = models._locate(args.model)
+    if extra:
+        raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {args.model} is a GGUF file")
+    cases = make(AutoTokenizer.from_pretrained(folder))
+    ask = lambda server, case: server.write(case.prompt, case.asked + case.answer)[-len(case.answer) :]
+    for entry in (Entry(REFERENCE, "auto"), *entries):
+        try:
+            with Server(folder, args, context, entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
+                found = list(pool.map(ask, itertools.repeat(server), cases))
+                counts = server.counts() if is_tqai(entry.dtype) else {}
+            yield {"name": entry.name, "cells": cells(cases, found), **counts}
+        except OSError as error:
+            if entry.name == REFERENCE:
+                raise
+            yield {"name": entry.name, "why": str(error)}
+
+
+def cells(cases: list[Case], logits) -> list[dict]:
+    """Of each context and depth the share of needles that were found and the mean log-probability of their numbers, by the logits
+    [answer tokens, vocabulary] of each case."""
+    import torch
+
+    scores: dict[tuple[int, float], list[tuple[float, float]]] = {}
+    for case, rows in zip(cases, logits, strict=True):
+        answer = torch.tensor(case.answer, device=rows.device)
+        right = float((rows.argmax(-1) == answer).all())
+        logprob = rows.float().log_softmax(-1).gather(1, answer[:, None]).sum().item()
+        scores.setdefault((case.context, case.depth), []).append((right, logprob))
+    averages = {at: [sum(x) / len(x) for x in zip(*found)] for at, found in scores.items()}
+    return [{"context": c, "depth": d, "found": found, "logprob": logprob} for (c, d), (found, logprob) in averages.items()]
+
+
+def mean(found: list[dict], what: str, **where) -> float:
+    """Of "found" or "logprob" over the cells where context or depth are as given."""
+    values = [cell[what] for cell in found if all(cell[name] == value for name, value in where.items())]
+    return sum(values) / len(values)
+
+
+def show(data: dict) -> None:
+    """Found, and log-probability, by cache and context."""
+    from rich.console import Console
+    from rich.table import Table
+
+    contexts = dict.fromkeys(cell["context"] for cell in data["rows"][0]["cells"])
+    table = Table("cache", *(f"{context:,} tokens" for context in contexts), title=f"{data['model']}, {data['runtime']}: found (log-probability)")
+    for row in data["rows"]:
+        if "why" in row:
+            table.add_row(row["name"], row["why"])
+            continue
+        of = lambda context, what, found=row["cells"]: mean(found, what, context=context)
+        table.add_row(row["name"], *(f"{of(c, 'found'):.1%} ({of(c, 'logprob'):.2f})" for c in contexts))
+    Console(width=160).print(table)
+
+
+def plot(data: dict, path: str) -> None:
+    """A map of depths and contexts for each cache: the share found as its colour and number."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in data["rows"] if "why" not in row]
+    contexts, depths = (list(dict.fromkeys(cell[name] for cell in rows[0]["cells"])) for name in ("context", "depth"))
+    figure, maps = pyplot.subplots(1, len(rows), figsize=(1 + 2.2 * len(rows), 3.6), sharey=True, squeeze=False, layout="constrained")
+    for axes, row in zip(maps[0], rows, strict=True):
+        grid = [[mean(row["cells"], "found", context=c, depth=d) for c in contexts] for d in depths]
+        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        for (y, x), value in ((at, grid[at[0]][at[1]]) for at in itertools.product(range(len(depths)), range(len(contexts)))):
+            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+        axes.set(title=row["name"], xlabel="tokens", xticks=range(len(contexts)), xticklabels=contexts, yticks=range(len(depths)), yticklabels=depths)
+    maps[0][0].set_ylabel("depth")
+    figure.suptitle(f"{data['model']}, {data['runtime']}: found of {data['needles']} needles at each place")
+    figure.savefig(path, dpi=130)
