@@ -92,7 +92,7 @@ def kept_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
 
 
 def lost_energy(layer: LayerMeans, pairs: np.ndarray) -> float:
-    """The same of the mean in all other pairs, which stays in the codes."""
+    """The same of the mean in all pairs but these, int [pairs], which stays in the codes."""
     return kept_energy(layer, np.arange(layer.means.shape[-1] // 2)) - kept_energy(layer, pairs)
 
 

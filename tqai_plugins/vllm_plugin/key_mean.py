@@ -53,6 +53,7 @@ class Measured:
 
     @classmethod
     def of(cls, mine: key_mean.LayerMeans, pairs: np.ndarray, mean_of_ranks: Callable = lambda x: x) -> Measured:
+        """By these pairs, int [pairs]; mean_of_ranks takes what ranks must agree on, a float array [3]."""
         energies = key_mean.kept_energy(mine, pairs), key_mean.lost_energy(mine, pairs), key_mean.scatter_energy(mine)
         return cls(mine, pairs, *mean_of_ranks(np.array(energies)).tolist())
 

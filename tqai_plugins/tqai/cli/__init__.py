@@ -14,6 +14,7 @@ import json
 import pkgutil
 import shlex
 import sys
+import warnings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
     args.command = shlex.join(["tqai", *argv])
+    # The oldest transformers that is served knows no other name; it goes with 5.40.
+    warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)
     try:
         if args.version:
             from tqai import __version__

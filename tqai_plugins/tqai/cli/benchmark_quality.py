@@ -189,9 +189,14 @@ def split_windows(tokens, context: int, windows: int):
 def machine(*packages: str) -> dict:
     """This machine, and the versions of some packages (torch and transformers)."""
     versions = {name: importlib.metadata.version(name) for name in packages or ("torch", "transformers")}
+    gpu = {}
+    if "torch" in versions:
+        import torch
+
+        gpu = {"device": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu_cores": os.cpu_count(), "architecture": platform.machine(), "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"), **versions,
+        "date": time.strftime("%Y-%m-%d"), **gpu, **versions,
     }  # fmt: skip
 
 
