@@ -12,6 +12,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+import made_means
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,13 +26,14 @@ from hypothesis.stateful import (
 )
 from operations import sized
 
+from tqai_plugins.core import key_mean
 from tqai_plugins.core.kv_format import KVFormat
 from tqai_plugins.torch_kernels import codec, paged
 from tqai_plugins.transformers_plugin import Cache
 from tqai_plugins.transformers_plugin.vector_store import BLOCK
 
 STEPS = 40  # operations of one sequence, at most
-HEADS, HEAD_DIM = 2, 16
+HEADS, HEAD_DIM = 2, 32
 MOST_ROWS, MOST_CACHES = 4, 3
 
 
@@ -57,14 +60,19 @@ class Listed:
     window: int
     bits: tuple[int, int]
     tokens: list[Token]
+    means: torch.Tensor | None = None  # [positions, heads, head_dim]: off the keys while they are codes
 
     def code(self) -> None:
         exact = [token for token in self.tokens if token.coded is None]
         if self.window and len(exact) < self.sinks + self.window + BLOCK:
             return
-        for token in exact[self.sinks : max(len(exact) - self.window, self.sinks)]:
+        leaving = exact[self.sinks : max(len(exact) - self.window, self.sinks)]
+        start = self.sinks + sum(token.coded is not None for token in self.tokens)
+        for position, token in enumerate(leaving, start):
+            off = [0.0, 0.0] if self.means is None else [self.means[position], 0.0]
             token.coded = [
-                codec.dequantize(*codec.quantize(x, bits), bits, HEAD_DIM) for x, bits in zip(token.exact, self.bits)
+                codec.dequantize(*codec.quantize(x - less, bits), bits, HEAD_DIM) + less
+                for x, bits, less in zip(token.exact, self.bits, off)
             ]
 
     def append(self, new: list[Token]) -> list[list[torch.Tensor]]:
@@ -77,8 +85,17 @@ class Listed:
         return seen
 
 
+def turned(means) -> torch.Tensor:
+    """What core.key_mean says of all positions that a test comes to."""
+    positions = np.arange(STEPS * 60)
+    cos, sin = means.rope.turns(positions)
+    table = key_mean.make_table(cos, sin, means.pairs)
+    coefficients = key_mean.coefficients(means.measured.means, means.pairs, key_mean.unit(cos))
+    return torch.from_numpy(key_mean.term(table, coefficients, means.pairs, HEAD_DIM))
+
+
 class CacheOperations(RuleBasedStateMachine):
-    operations, strategy = 0, ""
+    operations, strategy, means, turned = 0, "", None, None
 
     @initialize(
         sinks=st.integers(0, 5), window=st.integers(0, 20),
@@ -88,9 +105,9 @@ class CacheOperations(RuleBasedStateMachine):
         self.random = torch.Generator().manual_seed(seed)
         self.config = transformers.LlamaConfig(num_hidden_layers=1, head_dim=HEAD_DIM)
         options = {"bits_k": bits[0], "bits_v": bits[1], "sink_tokens": sinks, "residual_window": window}
-        cache = Cache(self.config, cache_strategy=self.strategy, **options)
+        cache = Cache(self.config, cache_strategy=self.strategy, key_means=self.means, **options)
         self.rows, self.last = [rows], 0
-        self.pairs = [(cache, Listed(sinks, window if self.strategy == "residual" else 0, bits, []))]
+        self.pairs = [(cache, Listed(sinks, window if self.strategy == "residual" else 0, bits, [], self.turned))]
 
     def pick(self, data) -> int:
         type(self).operations += 1
@@ -200,10 +217,13 @@ def same(found, expected: list[list[torch.Tensor]]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:cache_strategy='incremental'")
+@pytest.mark.parametrize("means", [False, True], ids=["", "key means"])
 @pytest.mark.parametrize("strategy", ["residual", "full", "incremental"])
-def test_the_transformers_cache_is_a_list_of_tokens(strategy):
-    machine = type(f"CacheOperations_{strategy}", (CacheOperations,), {"strategy": strategy})
-    run_state_machine_as_test(machine, settings=sized(1 / STEPS / 3, 25, stateful_step_count=STEPS))
+def test_the_transformers_cache_is_a_list_of_tokens(strategy, means):
+    made = made_means.make(1, HEADS, HEAD_DIM, 3.0) if means else None
+    given = {"strategy": strategy, "means": made, "turned": turned(made[0]) if made else None}
+    machine = type(f"CacheOperations_{strategy}_{means}", (CacheOperations,), given)
+    run_state_machine_as_test(machine, settings=sized(1 / STEPS / 6, 25, stateful_step_count=STEPS))
     print(f"{machine.operations} operations")
     assert machine.operations > 300
 

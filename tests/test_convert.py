@@ -98,6 +98,20 @@ def test_key_means_are_those_of_the_keys_before_rope(original, tmp_path, capsys)
     torch.testing.assert_close(torch.from_numpy(layers[1].squares).float(), torch.stack(squares), rtol=1e-3, atol=1e-5)
 
 
+def test_patch_takes_the_folders_key_means_unless_told_otherwise(original, tmp_path):
+    conversion.convert(str(original), tmp_path / "c", "tqai_k3v4", key_means=True)
+    model, _ = models.load(str(tmp_path / "c"))
+    cache = tqai.patch(model)
+    held = key_mean_file.read(tmp_path / "c")
+    assert sorted(cache.options.key_means) == [0, 1] and (cache.options.key_means[1].measured.means == held[1].means).all()
+    assert tqai.patch(model, key_means=None).options.key_means is None
+    conversion.convert(str(original), tmp_path / "without", "tqai_k3v4")
+    assert tqai.patch(models.load(str(tmp_path / "without"))[0]).options.key_means is None
+    (tmp_path / "c" / key_mean_file.NAME).write_text("{}")
+    with pytest.raises(ValueError, match="key_means.json is damaged"):
+        tqai.patch(model)
+
+
 def test_damaged_key_means_are_refused(tmp_path):
     assert key_mean_file.read(tmp_path) is None
     for text in ("[]", "{}", '{"version": 2, "layers": {}}', '{"version": 1, "layers": []}', '{"version": 1, "layers": {"0": [1]}}',

@@ -1,9 +1,12 @@
-"""The key mean: NumPy's definition, the same as tensors, and what it is worth on pages."""
+"""The key mean: NumPy's definition, the same as tensors, and what it is worth on pages and in the transformers cache."""
+
+import types
 
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+import tqai
 
 from tqai_plugins.core import key_mean
 from tqai_plugins.core.kv_format import KVFormat
@@ -108,3 +111,93 @@ def test_tokens_to_measure_with():
     for unknown in ([], [7] * 1000):
         found = key_mean.choose_tokens(unknown, 50, 10_000)
         assert len(found) == key_mean.TOKENS and set(found) <= set(range(50)) and len(set(found)) > 40
+
+
+def model_with_means(name="Llama", **more):
+    """A small model whose keys have a large mean before RoPE, by the biases of their projections."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 128, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes | {"head_dim": HEAD_DIM, "num_hidden_layers": 2, "attention_bias": True} | more)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.bias.data[torch.arange(0, 2 * HEAD_DIM, 4)] = 4.0
+        layer.self_attn.q_proj.weight.data *= 5
+        layer.self_attn.k_proj.weight.data *= 2
+    return model
+
+
+def reader(text):
+    return types.SimpleNamespace(input_ids=[ord(letter) % 64 for letter in text])
+
+
+CODED = {"bits_k": 3, "bits_v": 8, "cache_strategy": "full"}
+
+
+def test_a_transformers_model_with_learned_means_is_far_closer():
+    from tqai_plugins.transformers_plugin import key_means
+
+    model = model_with_means()
+    learned = key_means.learn(model, reader)
+    tokens = torch.randint(0, 64, (2, 300), generator=torch.Generator().manual_seed(0))
+    exact, errors = model(tokens).logits, []
+    for given in (None, learned):
+        cache = tqai.patch(model, **CODED, key_means=given)
+        assert cache.key_mean_layers == (2 if given else 0)
+        logits = [model(part, past_key_values=cache).logits for part in (tokens[:, :250], *tokens[:, 250:].split(1, 1))]
+        errors.append((torch.cat(logits, 1) - exact).norm())
+    assert errors[1] < 0.5 * errors[0], errors
+
+
+def test_what_codes_and_attention_over_them_give_back_is_exact_but_for_their_noise():
+    """The error of keys is that of what is left when the mean is off, wherever a row begins; scores are those of dense keys."""
+    from tqai_plugins.transformers_plugin import key_means
+
+    model = model_with_means()
+    means = key_means.of(model, key_means.learn(model, reader))
+    assert means[0].rope is means[1].rope, "one table for all layers"
+    cos, sin = rope(1200)
+    noise = 0.1 * np.random.default_rng(2).standard_normal((1200, 2, HEAD_DIM))
+    on = lambda shift: turned(means[0].measured.means + noise, np.roll(cos, shift, 0), np.roll(sin, shift, 0))
+    v, q = torch.randn(1, 2, 1200, HEAD_DIM), torch.randn(1, 4, 1, HEAD_DIM)
+    errors = []
+    for shift in (0, 7):  # as with 7 of left padding
+        k = torch.from_numpy(on(shift)).float().transpose(0, 1)[None]
+        cache = tqai.patch(model, **CODED, key_means=means)
+        keys, values = cache.update(k, v, 0)
+        errors.append(((keys.dense - k).norm() / k.norm()).item())
+        attend = lambda keys, values: torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        torch.testing.assert_close(attend(keys, values), attend(keys.dense, values.dense), rtol=1e-4, atol=1e-5)
+    assert errors[0] < 0.05 and errors[0] < errors[1] < 0.3, errors
+
+
+def test_who_has_means_and_who_is_refused():
+    from tqai_plugins.transformers_plugin import key_means
+
+    model = model_with_means()
+    learned = key_means.learn(model, reader)
+    layers = lambda **options: [layer.means is not None for layer in tqai.patch(model, key_means=learned, **options).layers]
+    assert layers(**CODED) == [True, True] and layers(bits_k=8, bits_v=8) == [False, False]
+    assert layers(**CODED, layer_formats={0: "tqai_k8v8"}) == [False, True]
+    assert layers(**CODED, key_factors={1: (2.0,) * HEAD_DIM}) == [True, False], "balance leaves nothing to take"
+    assert tqai.patch(model, **CODED).key_mean_layers == 0, "only if asked for"
+    assert "2 layers compressed, 2 with key means" in repr(tqai.patch(model, key_means=learned, **CODED))
+    x = torch.zeros(1, 1, 1, HEAD_DIM)
+    with pytest.raises(ValueError, match="key_means has 2 heads of 64 coordinates for a layer of 1 of 64"):
+        tqai.patch(model, key_means=learned, **CODED).update(x, x, 0)
+    with pytest.raises(ValueError, match="cohere models have no RoPE of the common form"):
+        key_means.of(model_with_means("Cohere"), learned)  # it turns neighbouring coordinates
+
+
+@pytest.mark.parametrize("kind", [{"rope_type": "dynamic", "factor": 4.0}, {"rope_type": "yarn", "factor": 4.0}, {"rope_type": "linear", "factor": 2.0}])
+def test_a_table_grows_and_what_was_in_it_stays(kind):
+    """Also where RoPE depends on how long the sequence is, which the model itself does not notice."""
+    from tqai_plugins.transformers_plugin.rope import Rope
+
+    model = model_with_means(max_position_embeddings=512, rope_parameters={"rope_theta": 1e4} | kind)
+    before = model.model.rotary_emb.inv_freq.clone()
+    one, other = (Rope(model, None, HEAD_DIM) for _ in range(2))
+    parts = [one.rows(start, start + 100, torch.device("cpu")).clone() for start in range(0, 3000, 100)]
+    assert torch.equal(torch.cat(parts), other.rows(0, 3000, torch.device("cpu"))), "whoever asks, and in whatever steps"
+    assert not parts[0][: key_mean.FIRST_TOKEN].any() and parts[0][5].any()
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)

@@ -25,7 +25,7 @@ from .rotation import Rotation
 MEAN_PAIRS = 16
 COLUMNS = 2 * MEAN_PAIRS  # of the table: cosines, then sines
 TOKENS = 512  # of core.texts.PROSE, over which a mean is taken; fewer where the model reads no more
-LEAST_DISTINCT = 32  # tokens among them, from a tokenizer that knows the text's words
+LEAST_DISTINCT = 16  # tokens among them, from a tokenizer that knows the text's words
 FIRST_TOKEN = 4  # earlier keys are attention sinks, unlike the others: they are stored whole
 TABLE_TOP = 127
 # A mean costs time to read. It pays where it takes more from the variance of scores than LEAST_GAIN, and more than

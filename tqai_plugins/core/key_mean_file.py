@@ -18,7 +18,7 @@ LARGEST = 1 << 26  # bytes; of Llama-3.1-405B they would have some 3 million
 
 
 def write(folder: Path, layers: dict[int, LayerMeans]) -> None:
-    """For servers; layers by number."""
+    """For servers and caches; layers by number."""
     rounded = np.vectorize(lambda value: float(f"{value:.6g}"), otypes=[float])
     held = {str(n): {name: rounded(getattr(layer, name)).tolist() for name in FIELDS} for n, layer in layers.items()}
     (folder / NAME).write_text(json.dumps({"version": FOLDER_VERSION, "layers": held}) + "\n")

@@ -24,7 +24,8 @@ def patch(model, **options):
     MLX: installs the cache in the model, for mlx_lm.generate and its server, until unpatch.
 
     Options: bits_k=4, bits_v=2, sink_tokens, residual_window=128, cache_strategy="auto", backend,
-    device, use_qjl=False, qjl_sketch_size=64, layer_formats, key_factors (those of the model's norms; None for none);
+    device, use_qjl=False, qjl_sketch_size=64, layer_formats, key_factors (those of the model's norms; None for none),
+    key_means (what transformers_plugin.key_means.learn(model, tokenizer) returns; else a converted folder's, None for none);
     transformers_plugin.CacheOptions explains them.
     codebook: a file of `tqai codebook build`, or a list of them, to be used instead of the shipped codebook.
     config: instead of widths, one of kv-only, kv+hidden8, kv+hidden6, kv+ffn8, all8, all6 and aggressive
@@ -61,6 +62,8 @@ def patch(model, **options):
     options, activations = Activations.split(options)
     plugin = _transformers_plugin()
     options.setdefault("key_factors", plugin.key_balance.of(model))
+    means = options["key_means"] if "key_means" in options else plugin.key_means.stored(model)
+    options["key_means"] = plugin.key_means.of(model, means)
     cache = plugin.Cache(model.config, **options)
     _use_codebooks(files, model.config, cache.options)
     plugin.activations.install(model, activations)

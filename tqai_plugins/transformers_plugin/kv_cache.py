@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from .key_means import TurnedMeans
 from .options import CacheOptions
 from .stored_states import StoredStates
 from .vector_store import Counts, Snapshot, VectorStore
@@ -17,9 +18,11 @@ from .vector_store import Counts, Snapshot, VectorStore
 class CompressedLayer(DynamicLayer):
     """One attention layer. Stored states are detached: no gradient flows through the cache."""
 
-    def __init__(self, options: CacheOptions, counts: Counts, factors: Sequence[float] | None = None):
+    def __init__(
+        self, options: CacheOptions, counts: Counts, factors: Sequence[float] | None = None, means: TurnedMeans | None = None
+    ):
         super().__init__()
-        self.options, self.counts, self.factors = options, counts, factors
+        self.options, self.counts, self.factors, self.means = options, counts, factors, means
         self.stores: tuple[VectorStore, ...] = ()
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -36,11 +39,20 @@ class CompressedLayer(DynamicLayer):
             if len(self.factors) != key_states.shape[-1]:
                 raise ValueError(f"key_factors has {len(self.factors)} for a layer of head_dim {key_states.shape[-1]}")
             factors = torch.tensor(self.factors, device=self.device)
+        means = None
+        if self.means is not None:
+            heads, head_dim = self.means.measured.means.shape
+            if (heads, head_dim) != (key_states.shape[1], key_states.shape[3]):
+                raise ValueError(
+                    f"key_means has {heads} heads of {head_dim} coordinates for a layer of {key_states.shape[1]} of "
+                    f"{key_states.shape[3]}; they are another model's"
+                )
+            means = self.means.on(self.device)
         self.stores = tuple(
-            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size, by)
-            for states, bits, size, by in (
-                (key_states, self.options.bits_k, sketch_size, factors),
-                (value_states, self.options.bits_v, 0, None),
+            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size, by, off)
+            for states, bits, size, by, off in (
+                (key_states, self.options.bits_k, sketch_size, factors, means),
+                (value_states, self.options.bits_v, 0, None, None),
             )  # fmt: skip
         )
         self.is_initialized = True
@@ -125,7 +137,9 @@ class Cache(TransformersCache):
         layers = DynamicCache(config=config).layers
         # Subclasses of DynamicLayer hold more than keys and values, or drop old ones by themselves.
         layers = [
-            CompressedLayer(self.options.of_layer(i), self.counts, self.options.factors_of(i)) if type(layer) is DynamicLayer else layer
+            CompressedLayer(self.options.of_layer(i), self.counts, self.options.factors_of(i), self.options.means_of(i))
+            if type(layer) is DynamicLayer
+            else layer
             for i, layer in enumerate(layers)
         ]
         for i in self.options.layer_formats or ():
@@ -159,9 +173,15 @@ class Cache(TransformersCache):
         """Vectors read back from codes so far, each time counted."""
         return self.counts.dequantized
 
+    @property
+    def key_mean_layers(self) -> int:
+        """Layers whose keys are coded less their mean."""
+        return sum(isinstance(layer, CompressedLayer) and layer.means is not None for layer in self.layers)
+
     def __repr__(self) -> str:
         compressed = sum(isinstance(layer, CompressedLayer) for layer in self.layers)
-        return f"tqai.Cache({compressed} of {len(self.layers)} layers compressed, {self.options})"
+        less = f", {self.key_mean_layers} with key means" if self.key_mean_layers else ""
+        return f"tqai.Cache({compressed} of {len(self.layers)} layers compressed{less}, {self.options})"
 
 
 def _storages(held):
@@ -173,3 +193,5 @@ def _storages(held):
     elif isinstance(held, VectorStore):
         for buffer in held.buffers:
             yield buffer.data.untyped_storage()
+        for tensor in held.means.tensors if held.means is not None else ():
+            yield tensor.untyped_storage()

@@ -11,6 +11,7 @@ import torch
 from ..core import cache_options
 from ..core.cache_options import check_count
 from ..core.kv_format import shown
+from .key_means import TurnedMeans
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class CacheOptions(cache_options.CacheOptions):
         Off, since it was measured to make answers worse at every width (core.qjl); raise bits_k instead.
     key_factors: layer -> head_dim powers of two that its keys are divided by before they are coded, so that they are in
         balance with queries; key_balance.of(model) finds them, and tqai.patch takes them from there.
+    key_means: layer -> what its keys have in common, which is taken off before they are coded (core.key_mean) where that pays
+        and they are not in balance; key_means.of(model, key_means.learn(model, tokenizer)). tqai.patch takes what learn
+        returns, and by itself what a folder of `tqai convert --key-means` brings. Left padding makes the codes less exact, no more.
     """
 
     backend: str | None = None
@@ -30,6 +34,7 @@ class CacheOptions(cache_options.CacheOptions):
     use_qjl: bool = False
     qjl_sketch_size: int = 64
     key_factors: Mapping[int, Sequence[float]] | None = field(default=None, repr=False)
+    key_means: Mapping[int, TurnedMeans] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +54,18 @@ class CacheOptions(cache_options.CacheOptions):
             check_count("a layer of key_factors", layer, 0)
             if not isinstance(factors, Sequence) or not factors or not all(map(_is_power_of_two, factors)):
                 raise ValueError(f"key_factors is {shown(factors)} for layer {layer}; expected powers of two, one for each coordinate")
+
+        if not isinstance(self.key_means, (Mapping, type(None))):
+            raise ValueError(f"key_means is {shown(self.key_means)}; expected a mapping such as that of key_means.learn(model, tokenizer)")
+        for layer, means in (self.key_means or {}).items():
+            check_count("a layer of key_means", layer, 0)
+            if not isinstance(means, TurnedMeans):
+                raise ValueError(f"key_means is {shown(means)} for layer {layer}; expected what key_means.of(model, ...) makes of learned means")
+
+    def means_of(self, layer: int) -> TurnedMeans | None:
+        """key_means of one layer where they pay; balance leaves them nothing to take."""
+        means, options = (self.key_means or {}).get(layer), self.of_layer(layer)
+        return means if means and not self.factors_of(layer) and means.pays(options.bits_k, options.bits_v) else None
 
     def factors_of(self, layer: int) -> Sequence[float] | None:
         """key_factors of one layer whose keys are coded; at 8 bits they are exact enough."""

@@ -84,8 +84,11 @@ def _attention(
 
 def _scores(query: torch.Tensor, keys: Snapshot) -> torch.Tensor:
     """query keys^T [batch, kv_heads, rows, tokens], the exact tokens first; the query is rotated, not the keys."""
-    turned = query @ keys.matrix.T
-    coded = [turned @ levels.mT * scales[:, :, None] for _, levels, scales in keys.tiles()]
+    turned, coded = query @ keys.matrix.T, []
+    for part, levels, scales in keys.tiles():
+        coded.append(turned @ levels.mT * scales[:, :, None])
+        if keys.means is not None:
+            coded[-1] += keys.means.scores(query, *keys.positions(part))
     return torch.cat([query @ keys.exact.mT.float(), *coded], -1)
 
 

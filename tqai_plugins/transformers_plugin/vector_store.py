@@ -9,6 +9,7 @@ import torch
 
 from ..core.rotation import Rotation
 from ..torch_kernels import codec
+from .key_means import PlacedMeans
 
 BLOCK = 32  # tokens leave the exact window so many at a time: quantizing them one by one is 20 times slower
 TILE = 1 << 20  # coordinates dequantized at a time
@@ -68,7 +69,8 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All tokens of a store at one moment: the first `sinks` exact ones, the coded ones, the other exact ones."""
+    """All tokens of a store at one moment: the first `sinks` exact ones, the coded ones, from position `first_coded` on,
+    the other exact ones."""
 
     exact: torch.Tensor
     codes: torch.Tensor
@@ -78,6 +80,8 @@ class Snapshot:
     counts: Counts
     sketch: Sketch | None = None
     factors: torch.Tensor | None = None
+    means: PlacedMeans | None = None
+    first_coded: int = 0
 
     @property
     def shape(self) -> torch.Size:
@@ -101,6 +105,10 @@ class Snapshot:
             self.counts.dequantized += scales.numel()
             yield part, codec.levels(self.codes[:, :, part], self.bits, head_dim), scales
 
+    def positions(self, part: slice) -> tuple[int, int]:
+        """First, and last plus one, of a tile."""
+        return self.first_coded + part.start, self.first_coded + min(part.stop, self.codes.shape[2])
+
     def dense(self) -> torch.Tensor:
         """[batch, heads, tokens, head_dim] in the model's dtype and basis."""
         out = self.exact.new_empty(self.shape)
@@ -109,7 +117,8 @@ class Snapshot:
         out[:, :, self.sinks + self.codes.shape[2] :] = self.exact[:, :, self.sinks :]
         matrix = self.matrix
         for part, levels, scales in self.tiles():
-            coded[:, :, part] = levels @ matrix * scales[..., None]
+            found = levels @ matrix * scales[..., None]
+            coded[:, :, part] = found if self.means is None else found + self.means.term(*self.positions(part))
             if self.sketch is not None:
                 signs, norms = self.sketch.signs[:, :, part], self.sketch.norms[:, :, part]
                 left_over = codec.estimate(signs, norms, self.sketch.size, self.shape[3])
@@ -119,16 +128,17 @@ class Snapshot:
 
 class VectorStore:
     """Keys or values of one layer: exact first tokens, codes, exact last tokens, which turn to codes in order. factors
-    [head_dim]: what keys are divided by before they are coded (core/key_balance.py)."""
+    [head_dim]: what keys are divided by before they are coded (core/key_balance.py). means: what is taken off them before,
+    by their place in the cache, which is their position but for left padding, where codes are only less exact."""
 
     def __init__(
         self, first: torch.Tensor, bits: int, sink_tokens: int, window: int, keep_dense: bool, counts: Counts,
-        sketch_size: int = 0, factors: torch.Tensor | None = None,
+        sketch_size: int = 0, factors: torch.Tensor | None = None, means: PlacedMeans | None = None,
     ):  # fmt: skip
         none = first.detach()[:, :, :0]
         codes, scales = codec.quantize(none, bits)
         self.bits, self.window, self.sink_tokens, self.counts = bits, window, sink_tokens, counts
-        self.factors = factors
+        self.factors, self.means = factors, means
         # Room for all exact tokens there can be between two calls.
         self.exact_capacity = sink_tokens + (window + BLOCK if window else 0)
         self.exact = TokenBuffer(none, self.exact_capacity)
@@ -177,6 +187,9 @@ class VectorStore:
         exact, first = self.exact.tokens, self.sink_tokens
         last = max(exact.shape[2] - self.window, first)
         leaving = exact[:, :, first:last]
+        if self.means is not None and last > first:
+            start = first + self.codes.length
+            leaving = leaving.float() - self.means.term(start, start + last - first)
         if self.factors is not None:
             leaving = leaving.float() / self.factors.to(leaving.device)
         codes, scales = codec.quantize(leaving, self.bits)
@@ -202,7 +215,10 @@ class VectorStore:
         if self.sketch:
             signs, norms = (buffer.tokens[:, :, coded:] for buffer in self.sketch)
             sketch = Sketch(signs, norms, self.sketch_size)
-        return Snapshot(exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch, self.factors)
+        return Snapshot(
+            exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch, self.factors, self.means,
+            self.sink_tokens + coded,
+        )  # fmt: skip
 
     def crop(self, count: int) -> None:
         """Forget the newest `count` tokens. The window refills with the tokens that follow."""
