@@ -127,6 +127,8 @@ API = (
     | option("layer_formats", "expected a mapping such as", [], "tqai", 3)
     | option("key_factors", "expected a mapping such as", [], "tqai", 3)
     | option("key_factors", "expected powers of two", {0: ()}, {0: (3.0,)}, {0: (0.0,)}, {0: (-2.0,)}, {0: (INFINITE,)}, {0: "4"}, {0: 4})
+    | option("key_means", "expected a mapping such as", [], "tqai", 3)
+    | option("key_means", "expected what key_means.of", {0: 4}, {1: None}, {0: [1.0]})
     | option("config", "expected one of kv-only.*a format such as", "", "kv-onli", 5, b"tqai", "/no/such/file.json", [])
     | option("compress_hidden", "allowed are True and False", 1, "yes")
     | option("bits_hidden", "allowed are the whole numbers 2 to 8", 1, 9, 8.0, "8")
@@ -137,6 +139,8 @@ API = (
         "layer 9 of 2": (patch(layer_formats={9: "tqai"}), "layer_formats has layer 9, which is no full-attention layer"),
         "layer '0'": (patch(layer_formats={"0": "tqai"}), "a layer of layer_formats is '0'; allowed are whole numbers"),
         "layer -1": (patch(layer_formats={-1: "tqai"}), "a layer of layer_formats is -1"),
+        "key means of layer '0'": (patch(key_means={"0": None}), "a layer of key_means is '0'; allowed are whole numbers"),
+        "key means of layer -1": (patch(key_means={-1: None}), "a layer of key_means is -1"),
         "format of a layer": (patch(layer_formats={0: "k4v2"}), "unknown KV cache format 'k4v2'; expected 'tqai'"),
         "format 4 of a layer": (patch(layer_formats={0: 4}), "unknown KV cache format 4; expected 'tqai'"),
         "config and width": (patch(config="kv-only", bits_k=4), "config 'kv-only' already says bits_k; leave out one"),
@@ -450,6 +454,7 @@ COMMANDS = {line: command(line, says) for line, says in {
     f"recommend {FOLDER} --budget nan": "--budget is nan; expected a number of nats above 0", f"recommend {FOLDER} --budget -1": "--budget is -1.0; expected",
     f"recommend {FOLDER} --sink-tokens -1": "sink_tokens is -1; allowed", f"recommend {FOLDER} --text none.txt": "No such file or directory: none.txt",
     f"benchmark quality {FOLDER} --formats k9v2": "--formats has 'k9v2'; expected k<bits>v<bits>", f"benchmark quality {FOLDER} --formats ,": "--formats has ''",
+    f"benchmark quality {FOLDER} --formats k4v4+means": "--formats has 'k4v4.means'",
     f"benchmark quality {FOLDER} --context 1": "--context is 1; allowed are 4", f"benchmark quality {FOLDER} --windows -1": "--windows is -1; allowed are 1",
     f"benchmark quality {FOLDER} --chunk 0": "--chunk is 0; allowed are 1", f"benchmark quality {FOLDER} --text none.txt": "No such file or directory",
     f"benchmark quality {FOLDER} --context 100000": "needs? .*; give a longer --text", f"benchmark quality {FOLDER} --dtype float8": "invalid choice: 'float8'",

@@ -93,13 +93,15 @@ def test_the_command_writes_its_table_and_plot(folder, tmp_path, capsys):
     out, plot, text = tmp_path / "q.json", tmp_path / "q.png", tmp_path / "text.txt"
     text.write_text("The bees were on the south side of the tower. " * 30)
     argv = ["benchmark", "quality", "--model", folder, "--text", str(text), "--context", "256", "--windows", "2"]
-    assert main([*argv, "--formats", "k8v8:full,k4v4:4:16,k1v1:full", "--json", str(out), "--plot", str(plot)]) == 0
+    assert main([*argv, "--formats", "k8v8:full,k4v4:4:16,k1v1:full,k1v8:full,k1v8:full+mean", "--json", str(out), "--plot", str(plot)]) == 0
     data = json.loads(out.read_text())
     rows = {row["name"]: row for row in data["rows"]}
-    assert list(rows) == ["uncompressed", "bf16", "fp8", "int4_g64", "k8v8:full", "k4v4:4:16", "k1v1:full"]
+    assert list(rows) == ["uncompressed", "bf16", "fp8", "int4_g64", "k8v8:full", "k4v4:4:16", "k1v1:full", "k1v8:full", "k1v8:full+mean"]
     assert rows["uncompressed"]["kld"] == 0 and rows["uncompressed"]["tokens"] == 2 * 128
     assert 0 < rows["k8v8:full"]["kld"] < 0.01 < rows["k1v1:full"]["kld"]
     assert rows["k8v8:full"]["vectors_quantized"] == 2 * 255 * 4
+    assert rows["k1v8:full"]["key_mean_layers"] == 0 < rows["k1v8:full+mean"]["key_mean_layers"]
+    assert rows["k1v8:full"]["kld"] != rows["k1v8:full+mean"]["kld"]
     assert rows["k4v4:4:16"]["options"]["residual_window"] == 16
     assert plot.read_bytes().startswith(b"\x89PNG") and "KL divergence" in capsys.readouterr().out
 

@@ -22,6 +22,8 @@ def run(args) -> int:
     from . import emit
 
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS).split(",")]
+    if any(entry.mean for entry in entries):
+        raise ValueError("--formats has +mean, which the cache for mlx-lm does not know; leave it out")
     options = [CacheOptions.of(**entry.options) for entry in entries]  # refuse before the model is loaded
     context, windows = args.context or (2048 if args.text else 512), args.windows or (4 if args.text else 2)
     folder, extra = models._locate(args.model)

@@ -30,8 +30,8 @@ def add_parser(subparsers):
     parser.add_argument("--text", type=Path, help="text to read (a built-in one, long enough for --context 512)")
     parser.add_argument(
         "--formats",
-        help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own "
-        f"({DEFAULT_FORMATS}); for vllm a KV cache dtype with an optional :recent_memory",
+        help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own and, for transformers, an optional "
+        f"+mean: keys less their mean, learned first if the model's folder brings none ({DEFAULT_FORMATS}); for vllm a KV cache dtype with an optional :recent_memory",
     )  # fmt: skip
     parser.add_argument("--strategy", default="residual", choices=("residual", "full", "incremental"))
     parser.add_argument("--sink-tokens", type=int, help="4 with residual, else 0")
@@ -56,28 +56,29 @@ def add_parser(subparsers):
 
 @dataclass(frozen=True)
 class Entry:
-    """One format of the list: the options of its cache."""
+    """One format of the list: the options of its cache, and whether it has key means."""
 
     name: str
     options: dict
+    mean: bool
 
     @classmethod
     def parse(cls, text: str, args) -> Entry:
         """From a word of --formats; ValueError says what is expected."""
-        found = re.fullmatch(r"(?:tqai_)?k([1-8])v([1-8])(?::(?:(\d+):(\d+)|(full|residual|incremental)))?", text)
+        found = re.fullmatch(r"(?:tqai_)?k([1-8])v([1-8])(?::(?:(\d+):(\d+)|(full|residual|incremental)))?(\+mean)?", text)
         if not found:
             raise ValueError(
                 f"--formats has {text!r}; expected k<bits>v<bits> with 1 to 8 bits, such as k4v2, k4v2:full "
-                "or, for 4 sinks and a window of 64, k4v4:4:64"
+                "or, for 4 sinks and a window of 64, k4v4:4:64; any of them with +mean"
             )
-        bits_k, bits_v, sinks, window, strategy = found.groups()
+        bits_k, bits_v, sinks, window, strategy, mean = found.groups()
         options = {
             "bits_k": int(bits_k), "bits_v": int(bits_v),
             "cache_strategy": strategy or ("residual" if window else args.strategy),
             "sink_tokens": int(sinks) if sinks else args.sink_tokens,
             "residual_window": int(window) if window else args.residual_window,
         }  # fmt: skip
-        return cls(text, options)
+        return cls(text, options, mean is not None)
 
 
 def run(args) -> int:
@@ -94,7 +95,7 @@ def run(args) -> int:
     from rich.progress import Progress, TimeRemainingColumn
     from tqai import models
 
-    from tqai_plugins.transformers_plugin import CacheOptions
+    from tqai_plugins.transformers_plugin import CacheOptions, key_means
 
     from . import emit
 
@@ -117,7 +118,8 @@ def run(args) -> int:
     start = time.perf_counter()
     with Progress(*Progress.get_default_columns()[:3], TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("Reading", total=windows * (context - 1))
-        measured = measure(model, tokens, entries, args.chunk, lambda done: progress.advance(task, done))
+        means = key_means.of(model, key_means.stored(model) or key_means.learn(model, tokenizer)) if any(e.mean for e in entries) else None
+        measured = measure(model, tokens, entries, args.chunk, means, lambda done: progress.advance(task, done))
         for index, rows in enumerate(measured):
             seconds = time.perf_counter() - start
             data = head | {"windows": index + 1, "seconds": seconds, "rows": rows}
@@ -135,8 +137,10 @@ def run(args) -> int:
     return 1 if unread else 0
 
 
-def measure(model, tokens, entries: list[Entry], chunk: int, step):
-    """After each window of `tokens` [windows, context]: the rows of the table over all windows so far."""
+def measure(model, tokens, entries: list[Entry], chunk: int, means, step):
+    """After each window of `tokens` [windows, context]: the rows of the table over all windows so far.
+
+    means: CacheOptions.key_means of the entries that have some."""
     from tqai import Cache, fidelity
 
     from tqai_plugins.transformers_plugin import key_balance
@@ -147,7 +151,9 @@ def measure(model, tokens, entries: list[Entry], chunk: int, step):
     for window in tokens:
         others = {REFERENCE: fidelity.DynamicCache(config=model.config)}
         others |= {name: fidelity.yardstick(model.config, name) for name in fidelity.YARDSTICKS}
-        compressed = {e.name: Cache(model.config, key_factors=factors, **e.options) for e in entries}
+        compressed = {
+            e.name: Cache(model.config, key_factors=factors, key_means=means if e.mean else None, **e.options) for e in entries
+        }
         fidelity.teacher_forced(model, window[None], len(window) // 2, others | compressed, scores, chunk, step)
         rows = [{"name": REFERENCE, "bits": 8.0 * model.dtype.itemsize} | scores[REFERENCE].summary()]
         rows += [{"name": n, "bits": bits} | scores[n].summary() for n, (_, bits) in fidelity.YARDSTICKS.items()]
@@ -156,7 +162,7 @@ def measure(model, tokens, entries: list[Entry], chunk: int, step):
             count[0] += cache.vectors_quantized
             count[1] += cache.vectors_dequantized
             row = {"name": entry.name, "options": entry.options, **fidelity.stored_bits(cache)}
-            row |= {"coded_tokens": fidelity.coded_tokens(cache), **scores[entry.name].summary()}
+            row |= {"coded_tokens": fidelity.coded_tokens(cache), "key_mean_layers": cache.key_mean_layers, **scores[entry.name].summary()}
             rows.append(row | {"vectors_quantized": count[0], "vectors_dequantized": count[1]})
         yield rows
 

@@ -14,7 +14,7 @@ def add_parser(subparsers):
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--format", default="tqai", help="KV cache format (tqai)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="of weights (bfloat16)")
-    parser.add_argument("--key-means", action="store_true", help="store each layer's mean key, which vLLM then need not learn")
+    parser.add_argument("--key-means", action="store_true", help="store each layer's mean key, which vLLM then need not learn and patch uses")
     parser.add_argument("--no-timing", action="store_true", help="do not load both to compare their times")
     add_json(parser)
     return parser
