@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 
@@ -54,8 +55,8 @@ class Case:
         )  # fmt: skip
         return np.array(found.astype(mx.float32))[:, :, 0]
 
-    def expected(self, scale: float, first: int = 0, extra: np.ndarray | None = None) -> np.ndarray:
-        """The same in float64, by the definition; extra [q_heads]: logits without a value."""
+    def expected(self, scale: float, first: int = 0, extra: np.ndarray | None = None, bias: mx.array | None = None) -> np.ndarray:
+        """The same in float64, by the definition; extra [q_heads]: logits without a value; bias as decode_attention's."""
         f64 = lambda x: np.array(x.astype(mx.float32)).astype(np.float64)
         coded = [f64(codec.rotate_back(x)) for x in codec.load(self.slots[:, :, : self.total], self.fmt)]
         exact_k, exact_v, queries = f64(self.keys), f64(self.values), f64(self.queries)
@@ -68,7 +69,8 @@ class Case:
                 k = np.where(exact, exact_k[b, kv, column], coded[0][b, kv, column])
                 v = np.where(exact, exact_v[b, kv, column], coded[1][b, kv, column])
                 sinks = None if extra is None else np.float64(extra[h])
-                out[b, h], _ = reference.softmax_attention(scale * (k @ queries[b, h, 0]), v, sinks)
+                gain = 0.0 if bias is None else np.where(exact[:, 0], 0.0, np.float64(bias[b, h])[column - padding] / math.log2(math.e))
+                out[b, h], _ = reference.softmax_attention(scale * (k @ queries[b, h, 0]) + gain, v, sinks)
         return out
 
 
@@ -92,6 +94,7 @@ def run_grid(head_dims=HEAD_DIMS) -> Iterator[dict]:
             yield _attention_row(fmt, 4, (300, 20), 128, 4, dtype)
         for first in (0, 250):
             yield _attention_row(fmt, 4, (300, 150), 128, 4, mx.float16, first=first, extra=draw(9, 8))
+        yield _attention_row(fmt, 4, (300, 150), 128, 4, mx.float16, bias=draw(10, 2, 8, 300, dtype=mx.float32))
 
 
 def _codec_rows(fmt: KVFormat, dtype) -> Iterator[dict]:
@@ -113,15 +116,15 @@ def _codec_rows(fmt: KVFormat, dtype) -> Iterator[dict]:
     yield _row("dequantize", fmt, f"{dtype}", error, TOLERANCE[dtype], start)
 
 
-def _attention_row(fmt, group, lengths, window, sinks, dtype, first=0, extra=None) -> dict:
+def _attention_row(fmt, group, lengths, window, sinks, dtype, first=0, extra=None, bias=None) -> dict:
     start = time.perf_counter()
     case = Case(fmt, group, lengths, window, sinks, dtype)
     scale = fmt.head_dim**-0.5
     logits = None if extra is None else mx.tile(extra, 1 + 2 * group // extra.size)[: 2 * group]
-    found = case.run(scale, first=first, extra=logits)
-    error = relative_error(found, case.expected(scale, first, None if logits is None else np.array(logits, np.float64)))
+    found = case.run(scale, first=first, extra=logits, bias=bias)
+    error = relative_error(found, case.expected(scale, first, None if logits is None else np.array(logits, np.float64), bias))
     what = f"{dtype}, {group} query heads a KV head, lengths {lengths}, window {window}, sinks {sinks}, from {first}"
-    return _row("decode_attention", fmt, what + (", learned sinks" if extra is not None else ""), error, TOLERANCE[dtype], start)
+    return _row("decode_attention", fmt, what + (", learned sinks" if extra is not None else "") + (", bias" if bias is not None else ""), error, TOLERANCE[dtype], start)
 
 
 def _row(kernel: str, fmt: KVFormat, what: str, error: float, limit: float, start: float) -> dict:

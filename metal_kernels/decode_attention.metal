@@ -6,6 +6,7 @@
 //   tables: softmax scale times log2(e), D signs, 16 levels of keys, 16 of values
 //   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, KV heads
 //   rows [2, batch]: first column of a sequence, first column that `recent` holds
+//   bias [batch, q_heads, tokens]: what base-2 scores of codes gain by their place in a sequence, with BIAS
 // -> sums [batch, q_heads, splits, D], stats [batch, q_heads, splits, 2]: base-2 maximum and total weight.
 // D: head_dim; BK, BV: bits; GROUP: query heads a KV head; G: those of a block; U: tokens a group of lanes takes at
 // once (see dots in common.metal); PER: coordinates a lane; SG: simdgroups a threadgroup; EXACT: whether there are
@@ -100,7 +101,11 @@
                 levels<BK, PER, D>(row + size_t(metal::min(step + place[u], end - 1)) * WORDS, key_level, part, level);
                 dots<G, U, PER>(query, level, u, score);
             }
-            const float found = own_score<G, U, LANES>(score) * key_scale(scales);
+            float found = own_score<G, U, LANES>(score) * key_scale(scales);
+            if (BIAS) {
+                const size_t head = (size_t(b) * heads + kv_head) * GROUP + metal::min(first_head + own_head, GROUP - 1);
+                found += bias[head * sizes[0] + metal::min(step + place[0], end - 1) - start];
+            }
             const float weight = weigh<G, U, PER>(step + place[0] < end ? found : -3e38f, top, total, sum) * value_scale(scales);
             UNROLL for (int u = 0; u < U; u++) {
                 levels<BV, PER, D>(row + size_t(metal::min(step + place[u], end - 1)) * WORDS + KW, value_level, part, level);

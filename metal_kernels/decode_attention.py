@@ -30,6 +30,7 @@ def decode_attention(
     sinks: mx.array | None = None,
     first: int = 0,
     extra: mx.array | None = None,
+    bias: mx.array | None = None,
     splits: int | None = None,
 ) -> mx.array:
     """queries [batch, q_heads, 1, head_dim] -> the same shape.
@@ -38,7 +39,8 @@ def decode_attention(
     query's own. recent [batch, 2 kv_heads, count, head_dim]: the newest columns exactly, as a ring whose oldest lies
     at `ring`; sinks [batch, 2 kv_heads, count, head_dim]: the first tokens of each sequence; keys in the first half.
     rows int32 [2, batch]: first column of each sequence, and the first that `recent` really holds. Columns before
-    `first` are not seen (sliding window). extra [q_heads]: logits without a value, or None.
+    `first` are not seen (sliding window). extra [q_heads]: logits without a value, or None. bias float32
+    [batch, q_heads, length]: what scores of codes gain, by their place in their sequence, times log2(e), or None.
     splits: threadgroups that share a head's codes; by default as many as fill the machine.
     """
     batch, q_heads, _, head_dim = queries.shape
@@ -64,12 +66,14 @@ def decode_attention(
             "q": queries, "slots": slots, "recent": none if recent is None else recent,
             "sinks": none if sinks is None else sinks,
             "tables": tables.attention(fmt, scale * math.log2(math.e)),
+            "bias": tables.nothing(mx.float32) if bias is None else bias,
             "sizes": tables.numbers(length, splits, slots.shape[2], counts[0], ring, counts[1], first, heads), "rows": rows,
         },
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
             "T": queries.dtype, "E": dtype, "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group,
             "G": together, "U": tokens, "PER": coordinates, "SG": simdgroups, "EXACT": int(exact),
+            "BIAS": int(bias is not None),
         },
         (parts, heads * blocks, batch),
         simdgroups,
