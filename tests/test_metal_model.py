@@ -13,18 +13,26 @@ if shutil.which("g++") is None:
 import metal_shim
 import mlx_models
 import tqai
+from mlx_lm.models.cache import make_prompt_cache
 from test_mlx_cache import batched, greedy, prompt
 from tqai_plugins.metal_kernels import launch
+
+from tqai_plugins.mlx_lm_plugin import CompressedKVCache, key_means
 
 
 @pytest.mark.parametrize(
     "kind, options",
     [("llama", {"residual_window": 16}), ("gemma3_text", {"residual_window": 16}), ("llama32", {"cache_strategy": "full"}),
-     ("gpt_oss", {"bits_k": 3, "bits_v": 3, "residual_window": 8})],
+     ("gpt_oss", {"bits_k": 3, "bits_v": 3, "residual_window": 8}),
+     ("llama32", {"bits_k": 2, "bits_v": 8, "residual_window": 8, "key_means": True})],
 )  # fmt: skip
 def test_batches_with_a_late_joiner_give_the_same_tokens(monkeypatch, kind, options):
-    model, _ = mlx_models.load(kind)
+    model, tokenizer = mlx_models.load(kind)
+    if "key_means" in options:
+        options = options | {"key_means": key_means.learn(model, tokenizer)}
     tqai.patch(model, **options)
+    caches = [cache for cache in make_prompt_cache(model) if isinstance(cache, CompressedKVCache)]
+    assert any(cache.options.key_mean for cache in caches) == ("key_means" in options)
     requests, late = [(prompt(37), 9), (prompt(60), 6), (prompt(2), 7)], [(prompt(48), 6)]
     expected = batched(model, requests, late)
     launched = []

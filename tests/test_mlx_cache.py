@@ -522,3 +522,69 @@ def test_a_cache_of_another_codebook_is_refused(llama):
     *rest, meta = cache[0].state
     with pytest.raises(ValueError, match="was written with other codebooks than this process uses"):
         cache[0].state = (*rest, (*meta[:-1], "00000000-00000000"))
+
+
+@pytest.fixture
+def with_means():
+    """A model of two layers whose keys have a large mean before RoPE, by the biases of their projections."""
+    mx.random.seed(0)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = mlx_llama.Model(mlx_llama.ModelArgs("llama", **sizes, head_dim=64, rms_norm_eps=1e-5, vocab_size=64, attention_bias=True))
+    for layer in model.layers:
+        attention = layer.self_attn
+        attention.k_proj.bias = mx.where(mx.arange(128) % 4 == 0, 4.0, 0.0)
+        attention.k_proj.weight, attention.q_proj.weight = attention.k_proj.weight / 2, attention.q_proj.weight * 1.5
+    mx.eval(model.parameters())
+    return model
+
+
+class Reader:
+    def encode(self, text):
+        return [ord(letter) % 64 for letter in text]
+
+
+def test_a_model_with_learned_key_means_is_far_closer(with_means):
+    from tqai_plugins.mlx_lm_plugin import key_means
+
+    learned, tokens = key_means.learn(with_means, Reader()), mx.array([prompt(200), prompt(200, 1)]) % 64
+    assert sorted(learned) == [0, 1] and learned[0].means.shape == (2, 64)
+    assert mlx_llama.scaled_dot_product_attention is mlx_base.scaled_dot_product_attention, "nothing of it stays"
+    exact, errors = with_means(tokens), []
+    for given in (None, learned):
+        tqai.patch(with_means, bits_k=3, bits_v=8, cache_strategy="full", key_means=given)
+        cache = make_prompt_cache(with_means)
+        assert [part.options.key_mean is not None for part in cache] == [given is not None] * 2
+        parts = [tokens[:, :190], *(tokens[:, i : i + 1] for i in range(190, 200))]
+        found = mx.concatenate([with_means(part, cache=cache) for part in parts], 1)
+        errors.append(float(mx.linalg.norm(found - exact)))
+        tqai.unpatch(with_means)
+    assert errors[1] < 0.6 * errors[0], errors
+
+
+def test_key_means_go_with_files_and_only_where_they_pay(with_means, tmp_path):
+    from tqai_plugins.mlx_lm_plugin import key_means
+
+    learned = key_means.learn(with_means, Reader())
+    tqai.patch(with_means, bits_k=3, bits_v=8, cache_strategy="full", key_means=learned, layer_formats={1: "tqai_k8v8"})
+    cache = make_prompt_cache(with_means)
+    assert [part.options.key_mean is not None for part in cache] == [True, False], "8 bits are exact enough"
+    tokens = mx.array([prompt(60)]) % 64
+    with_means(tokens, cache=cache)
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    twin = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    assert [part.options.key_means for part in twin] == [part.options.key_means for part in cache]
+    assert mx.allclose(with_means(tokens[:, :1], cache=cache), with_means(tokens[:, :1], cache=twin))
+    *rest, mean, meta = cache[0].state
+    for damaged in (mean[:-1], mean * mx.inf, -mean, mx.concatenate([mean, mean[-32:]])):
+        with pytest.raises(ValueError, match="this prompt cache is damaged"):
+            twin[0].state = (*rest, damaged, meta)
+    for given, said in (([], "expected a mapping such as"), ({0: 4}, "key_means is 4 for layer 0"), ({-1: 4}, "a layer of key_means is -1")):
+        with pytest.raises(ValueError, match=said):
+            tqai.patch(with_means, key_means=given)
+    with_means.layers[0].self_attn.rope.traditional = True  # turns neighbouring coordinates
+    tqai.patch(with_means, bits_k=3, bits_v=8, key_means=learned)
+    assert [part.options.key_mean is not None for part in make_prompt_cache(with_means)] == [False, True]
+    with_means.layers[1].self_attn.rope.traditional = True
+    with pytest.raises(ValueError, match="no RoPE of the common form"):
+        tqai.patch(with_means, bits_k=3, bits_v=8, key_means=learned)
+    tqai.unpatch(with_means)

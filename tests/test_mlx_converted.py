@@ -10,12 +10,14 @@ pytest.importorskip("mlx_lm")
 
 import mlx_lm
 import mlx_models
+import numpy as np
 import tqai
 from mlx_lm.models.cache import make_prompt_cache
 from tqai import models
 
-from tqai_plugins.core import converted_folder
+from tqai_plugins.core import converted_folder, key_mean_file
 from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.mlx_lm_plugin import key_means
 from tqai_plugins.mlx_lm_plugin.server import with_caches
 
 
@@ -28,6 +30,11 @@ def folder(tmp_path):
     (made / "config.json").write_text(json.dumps(config))
     converted_folder.write_manifest(made, "llama")
     return made
+
+
+def list_again(folder) -> None:
+    (folder / converted_folder.MANIFEST).unlink()
+    converted_folder.write_manifest(folder, "llama")
 
 
 def test_mlx_lm_reads_the_rope_of_what_transformers_5_saved(tmp_path):
@@ -52,6 +59,21 @@ def test_the_server_takes_its_format_unless_told_otherwise(folder):
     assert widths(with_caches(mlx_lm.load, {})(str(folder))[0]) == (8, 3)
     assert widths(with_caches(mlx_lm.load, {})(path_or_hf_repo=str(folder))[0]) == (8, 3)
     assert widths(with_caches(mlx_lm.load, {"bits_k": 4, "bits_v": 4})(str(folder))[0]) == (4, 4)
+
+
+def test_the_server_takes_its_key_means(folder):
+    model, tokenizer = mlx_lm.load(str(folder))
+    learned = key_means.learn(model, tokenizer)
+    key_mean_file.write(folder, learned)
+    list_again(folder)
+    model, _ = with_caches(mlx_lm.load, {"bits_k": 2, "bits_v": 8})(str(folder))
+    held = [cache.options.key_mean for cache in make_prompt_cache(model)]
+    np.testing.assert_allclose(held[1].means, key_means.of(model, learned, make_prompt_cache(model)[1].options)[1].means, rtol=1e-5)
+    tqai.unpatch(model)
+    (folder / key_mean_file.NAME).write_text("{}")
+    list_again(folder)
+    with pytest.raises(ValueError, match="key_means.json is damaged"):
+        with_caches(mlx_lm.load, {})(str(folder))
 
 
 def test_patch_takes_it_from_the_folder(folder):

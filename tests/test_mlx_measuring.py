@@ -38,9 +38,10 @@ def test_fidelity_falls_with_the_bits_and_leaves_the_model_as_it_was():
 
 def test_the_command_measures_the_cache_and_fails_if_no_code_was_read(capsys, tmp_path):
     command = ["benchmark", "quality", "--backend", "mlx", "--model", str(mlx_models.folder_of("llama32")), "--context", "256"]
-    assert main([*command, "--windows", "1", "--formats", "k8v8:full,k2v2:2:16", "--json", str(tmp_path / "q.json")]) == 0
+    assert main([*command, "--windows", "1", "--formats", "k8v8:full,k2v2:2:16,k2v8:full,k2v8:full+mean", "--json", str(tmp_path / "q.json")]) == 0
     rows = json.loads((tmp_path / "q.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["uncompressed", "k8v8:full", "k2v2:2:16"] and 0 < rows[1]["kld"] < rows[2]["kld"]
+    assert [row["name"] for row in rows] == ["uncompressed", "k8v8:full", "k2v2:2:16", "k2v8:full", "k2v8:full+mean"] and 0 < rows[1]["kld"] < rows[2]["kld"]
+    assert [row["key_mean_layers"] for row in rows[1:]] == [0, 0, 0, 2] and rows[3]["kld"] != rows[4]["kld"]
     capsys.readouterr()
     assert main([*command, "--windows", "1", "--formats", "k4v2:4:256"]) == 1
     assert "the compressed cache was never read (k4v2:4:256)" in capsys.readouterr().err

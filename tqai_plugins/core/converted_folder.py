@@ -2,7 +2,7 @@
 
 `config.json` has one entry, "tqai": the format, its version, the rotation and the codebooks. Every runtime hands it on with
 the model's configuration. `tqai.json` lists all files with their sizes and SHA-256 sums. `key_means.json`, if there is one,
-holds the mean key of each layer (key_mean_file.py), which servers then need not learn and transformers caches use.
+holds the mean key of each layer (key_mean_file.py), which vLLM then need not learn and other caches use.
 """
 
 from __future__ import annotations

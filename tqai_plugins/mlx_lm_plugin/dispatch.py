@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Callable
 
 from mlx_lm.models import base
 
@@ -12,11 +14,14 @@ from .tokens import Operand
 NAME = "scaled_dot_product_attention"
 _stock = base.scaled_dot_product_attention
 attended: list[int] | None = None  # while a model is probed: ids of the Tokens that attention has read
+_record: Callable | None = None  # while key means are learned
 
 
 def scaled_dot_product_attention(queries, keys, values, cache, scale, mask, sinks=None):
     """As mlx-lm's. Keys say by their type whether they are codes, since some layers get no cache."""
     if not isinstance(keys, Operand):
+        if _record is not None:
+            _record(cache, queries, keys, scale)
         return _stock(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     if attended is not None:
         attended.append(id(keys.tokens))
@@ -38,3 +43,18 @@ def install() -> None:
 def uninstall() -> None:
     """Give the models mlx-lm's own attention back."""
     _replace(scaled_dot_product_attention, _stock)
+
+
+@contextlib.contextmanager
+def recording(record: Callable):
+    """For the length of a with statement call record(cache, queries, keys, scale) at each attention over dense keys."""
+    global _record
+    before = base.scaled_dot_product_attention
+    install()
+    _record = record
+    try:
+        yield
+    finally:
+        _record = None
+        if before is _stock:
+            uninstall()

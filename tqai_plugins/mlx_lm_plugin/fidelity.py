@@ -25,10 +25,10 @@ def measure(model, windows: np.ndarray, entries: dict[str, dict]) -> Iterator[li
     """After each window of tokens [windows, context]: the rows of the table over all windows so far.
 
     entries: name -> options of install. The second half of each window is scored. Rows have the keys of
-    `tqai benchmark quality`: name, tokens, perplexity, kld, top1_agreement, their standard errors, and bits.
+    `tqai benchmark quality`: name, tokens, perplexity, kld, top1_agreement, their standard errors, bits and key_mean_layers.
     """
     scores = {name: ([], [], []) for name in (REFERENCE, *entries)}
-    bits = {REFERENCE: 16.0}
+    about: dict[str, dict] = {REFERENCE: {"bits": 16.0}}
     for window in windows:
         start = len(window) // 2
         reference = log_probabilities(model, window, start, make_prompt_cache(model))
@@ -38,10 +38,11 @@ def measure(model, windows: np.ndarray, entries: dict[str, dict]) -> Iterator[li
             try:
                 cache = make_prompt_cache(model)
                 _add(scores[name], log_probabilities(model, window, start, cache), reference, window[start:])
-                bits[name] = stored_bits(cache)
+                means = sum(layer.options.key_mean is not None for layer in cache if isinstance(layer, CompressedKVCache))
+                about[name] = {"bits": stored_bits(cache), "key_mean_layers": means}
             finally:
                 uninstall(model)
-        yield [{"name": name, "bits": bits[name], **_summary(score)} for name, score in scores.items()]
+        yield [{"name": name, **about[name], **_summary(score)} for name, score in scores.items()]
 
 
 def log_probabilities(model, tokens: np.ndarray, start: int, cache: list) -> np.ndarray:

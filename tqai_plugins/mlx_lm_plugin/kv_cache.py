@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
@@ -13,7 +14,8 @@ from ..core.codebook import Codebook
 from ..core.kv_format import FORMAT_VERSION
 from ..metal_kernels import codec
 from ..metal_kernels.store import store
-from . import masks
+from . import key_means, masks
+from .key_mean import KeyMean
 from .options import CacheOptions
 from .tokens import Operand, Tokens
 
@@ -59,10 +61,17 @@ class _Compressed(_BaseCache):
         if self.columns is None and len(self.padding) != keys.shape[0]:
             self._set_rows([0] * keys.shape[0], [0] * keys.shape[0])
         before, new = self.length, keys.shape[2]
-        slots = store(keys, values, fmt)
+        mean, coded = self.options.key_mean, keys
+        if mean is not None:
+            if (mean.heads, mean.head_dim) != (keys.shape[1], keys.shape[3]):
+                raise ValueError(f"key_means are of {mean.heads} heads of {mean.head_dim} coordinates, not of keys of shape {keys.shape}")
+            term = key_means.term(mean, self._rows[0], before, new)
+            coded = (keys.astype(mx.float32) - term).astype(dtype)
+        slots = store(coded, values, fmt)
         added = [slots]
         if self.options.keep_dense:
-            added.append(mx.concatenate([codec.rotate_back(x) for x in codec.load(slots, fmt)], 1).astype(dtype))
+            k, v = (codec.rotate_back(x) for x in codec.load(slots, fmt))
+            added.append(mx.concatenate([k if mean is None else k + term, v], 1).astype(dtype))
         self._append(added)
         if self.options.keep_dense:
             dense = self.columns[1][:, :, : self.length]
@@ -73,7 +82,7 @@ class _Compressed(_BaseCache):
         fetched = Operand(
             Tokens(
                 fmt, dtype, self.columns[0], self.length, new, self.options.window, recent, ring, self.sinks,
-                self._rows,
+                self._rows, mean,
             )
         )  # fmt: skip
         if self.shared:
@@ -183,15 +192,16 @@ class _Compressed(_BaseCache):
         meta = (
             FORMAT_VERSION, o.bits_k, o.bits_v, o.sinks, o.residual_window, o.cache_strategy, self.shared, self.head_dim, books,
         )  # fmt: skip
-        return self.columns, self.recent, self.sinks, self.length, self.ring, self.padding, self.recent_from, meta
+        mean = () if o.key_mean is None else (mx.array(o.key_mean.numbers),)
+        return self.columns, self.recent, self.sinks, self.length, self.ring, self.padding, self.recent_from, *mean, meta
 
     @state.setter
     def state(self, state) -> None:
-        columns, recent, exact, length, ring, padding, recent_from, meta = state
+        columns, recent, exact, length, ring, padding, recent_from, *mean, meta = state
         version, bits_k, bits_v, sinks, window, strategy, shared, head_dim, books = (*meta, *[None] * (9 - len(meta)))[:9]
         if version != FORMAT_VERSION or len(meta) != 9:
             raise ValueError(f"this prompt cache has tqai's format {version}; this version reads {FORMAT_VERSION}: {ANEW}")
-        self.options = CacheOptions(bits_k, bits_v, sinks, window, strategy)
+        self.options = CacheOptions(bits_k, bits_v, sinks, window, strategy, key_means=_means_in(mean))
         if head_dim and books != _codebooks(head_dim, bits_k, bits_v):
             raise ValueError(f"this prompt cache was written with other codebooks than this process uses: take those, or {ANEW}")
         _check_state(self.options, head_dim, columns, recent, exact, length, ring, padding, recent_from)
@@ -248,6 +258,16 @@ def _digest(book: Codebook) -> str:
     return book.digest
 
 
+def _means_in(mean: list[mx.array]) -> dict[int, KeyMean] | None:
+    """CacheOptions.key_means of a layer, of what a state has of them."""
+    if not mean:
+        return None
+    try:
+        return {0: KeyMean.from_numbers(np.array(mean[0]))}
+    except ValueError as error:
+        raise ValueError(f"this prompt cache is damaged: {error}: {ANEW}") from error
+
+
 def _check_state(options, head_dim, columns, recent, sinks, length, ring, padding, recent_from) -> None:
     """ValueError for what no cache holds, such as a file that was edited or damaged: it would be read as something else."""
     numbers = (length, ring, *padding, *recent_from)
@@ -263,6 +283,7 @@ def _check_state(options, head_dim, columns, recent, sinks, length, ring, paddin
         good = good and len(columns) == 1 + options.keep_dense and all(x.shape[2] >= length for x in columns)
         good = good and columns[0].dtype == mx.uint32 and max(*numbers, 0) <= length
         good = good and (sinks is None or sinks.shape[2] == options.sinks)
+        good = good and (options.key_mean is None or (options.key_mean.heads, options.key_mean.head_dim) == (heads, head_dim))
     if not good:
         raise ValueError(f"this prompt cache is damaged: its sizes do not go together: {ANEW}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import mlx.core as mx
 from mlx import nn
@@ -11,6 +12,7 @@ from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
 from ..core.codebook import read_all, use_for
 from . import compat, dispatch, saving
+from .key_means import of as means_of
 from .kv_cache import BatchCompressedKVCache, CompressedKVCache
 from .options import CacheOptions
 
@@ -21,13 +23,15 @@ def _is_installed(model: nn.Module) -> bool:
     return any(ref() is model for ref in _models)
 
 
-def install(model: nn.Module, codebook=(), **options) -> None:
+def install(model: nn.Module, codebook=(), key_means=None, **options) -> None:
     """Make every new cache of this model a compressed one, in mlx-lm's generators and its server, until uninstall.
 
-    codebook: a file of `tqai codebook build`, or a list of them; options: those of CacheOptions. Layers with a sliding-window or recurrent cache keep the stock one. Raises ValueError for bad options and for
+    codebook: a file of `tqai codebook build`, or a list of them; key_means: layer -> LayerMeans, as
+    key_means.learn returns; options: those of CacheOptions. Layers with a sliding-window or recurrent cache keep the stock one. Raises ValueError for bad options and for
     models that cannot be served, ImportError for untested versions of mlx-lm.
     """
     given = CacheOptions.of(**options)
+    given = replace(given, key_means=means_of(model, key_means, given))
     compat.check_version()
     use_for(read_all(codebook), _head_dim(model), given.widths)
     uninstall(model)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..core import converted_folder
+from ..core import converted_folder, key_mean_file
 from ..core.kv_format import parse_name
 from ..core.preset import Preset
 
@@ -64,7 +64,7 @@ def with_caches(load: Callable, options: dict, refused: Callable[[ValueError], N
         try:
             widths = folder_widths(model)
             result = load(*args, **kwargs)
-            install(result[0], **(widths | options))
+            install(result[0], key_means=key_mean_file.read(model) if widths else None, **(widths | options))
         except ValueError as error:
             if refused:
                 refused(error)

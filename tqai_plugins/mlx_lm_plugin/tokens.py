@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..core.kv_format import KVFormat
+from .key_mean import KeyMean
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Tokens:
     ring: int  # place of the oldest in `recent`
     sinks: mx.array | None  # [batch, 2 kv_heads, sink_tokens, head_dim]: first tokens of each row
     rows: mx.array  # int32 [2, batch]: padding, and the first column of which `recent` holds more than room
+    mean: KeyMean | None = None  # what keys were less before they were coded
 
     @property
     def recent_count(self) -> int:

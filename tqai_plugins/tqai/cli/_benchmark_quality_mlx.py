@@ -17,13 +17,12 @@ def run(args) -> int:
     import numpy as np
     from tqai import models
 
-    from tqai_plugins.mlx_lm_plugin import CacheOptions, fidelity
+    from tqai_plugins.core import key_mean_file
+    from tqai_plugins.mlx_lm_plugin import CacheOptions, fidelity, key_means
 
     from . import emit
 
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS).split(",")]
-    if any(entry.mean for entry in entries):
-        raise ValueError("--formats has +mean, which the cache for mlx-lm does not know; leave it out")
     options = [CacheOptions.of(**entry.options) for entry in entries]  # refuse before the model is loaded
     context, windows = args.context or (2048 if args.text else 512), args.windows or (4 if args.text else 2)
     folder, extra = models._locate(args.model)
@@ -37,7 +36,9 @@ def run(args) -> int:
         "dtype": args.dtype, "machine": machine("mlx", "mlx-lm"),
     }  # fmt: skip
     start = time.perf_counter()
-    for index, rows in enumerate(fidelity.measure(model, tokens, {entry.name: entry.options for entry in entries})):
+    means = (key_mean_file.read(folder) or key_means.learn(model, tokenizer)) if any(entry.mean for entry in entries) else None
+    given = {entry.name: entry.options | {"key_means": means if entry.mean else None} for entry in entries}
+    for index, rows in enumerate(fidelity.measure(model, tokens, given)):
         data = head | {"windows": index + 1, "seconds": time.perf_counter() - start, "rows": rows}
         if args.json not in (None, "-"):  # what is stopped keeps the windows that are done
             Path(args.json).write_text(json.dumps(data, indent=1))

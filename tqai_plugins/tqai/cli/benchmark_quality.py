@@ -30,7 +30,7 @@ def add_parser(subparsers):
     parser.add_argument("--text", type=Path, help="text to read (a built-in one, long enough for --context 512)")
     parser.add_argument(
         "--formats",
-        help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own and, for transformers, an optional "
+        help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own and an optional "
         f"+mean: keys less their mean, learned first if the model's folder brings none ({DEFAULT_FORMATS}); for vllm a KV cache dtype with an optional :recent_memory",
     )  # fmt: skip
     parser.add_argument("--strategy", default="residual", choices=("residual", "full", "incremental"))
