@@ -22,20 +22,17 @@ def read(pattern: str) -> dict[str, dict]:
     return {path.name: json.loads(path.read_text()) for path in sorted(folder().glob(pattern))}
 
 
-def divergences(pages: bool) -> tuple[str, dict[str, float]]:
+def divergences(served: bool) -> tuple[str, dict[str, float]]:
     """(where it was measured, mean KL divergence in nats by cache format), fp8 and those tqai formats that were measured.
 
-    pages: for a server, which keeps no tokens exact; otherwise with the exact tokens of the transformers cache.
+    served: by vLLM's server as it is; otherwise by the transformers cache with its exact tokens.
     """
-    for data in read("quality_*.json").values():
-        found = {}
-        for row in data.get("rows", ()):
-            name = format_of(row)
-            if name and (name == FP8 or is_full(row) == pages):
-                found.setdefault(name, row["kld"])
-        if FP8 in found and len(found) > 1:
-            return f"{data['model']}, {data['windows']} windows of {data['context']} tokens", found
-    return "", {}
+    (data,) = read("served_smollm2_h200.json" if served else "quality_smollm2.json").values()
+    rows = data["rows"]
+    if served:
+        rows = [row | row["continuation"] for row in rows if ":" not in row["name"]]
+    found = {format_of(row): row["kld"] for row in rows if format_of(row) and not is_full(row)}
+    return f"{data['model']}, {data['windows']} windows of {data['context']} tokens", found
 
 
 def format_of(row: dict) -> str | None:

@@ -120,7 +120,7 @@ def plot(data: dict, path: str) -> None:
     rows = [row for row in data["rows"][1:] if "why" not in row]
     for way, words in ((way, words) for way, words in WAYS.items() if way in data["rows"][0]):
         line = axes.errorbar(
-            [row["bits"] for row in rows], [row[way]["kld"] for row in rows], yerr=[row[way]["kld_error"] for row in rows],
+            [row["bits"] for row in rows], [row[way]["kld"] for row in rows], yerr=[row[way].get("kld_error", 0) for row in rows],
             fmt="o", capsize=3, label=words,
         )  # fmt: skip
         for row in rows:

@@ -19,7 +19,7 @@ from pathlib import Path
 from tqai_plugins.core.kv_format import is_tqai
 
 from ._parse import fractions, numbers
-from .benchmark_quality import REFERENCE, Entry, machine, read_text
+from .benchmark_quality import REFERENCE, Entry, machine, makers, read_text
 
 DEFAULT_FORMATS = {"transformers": "k8v8,k4v4,k4v2,k3v3", "vllm": "fp8,k8v8,k4v4,k4v2,k3v3"}
 PLACES = ("Bergen", "Cork", "Delft", "Lugo", "Oslo", "Parma", "Riga", "Turku")
@@ -96,7 +96,7 @@ def run(args) -> int:
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)
-    unread = [row["name"] for row in rows if row.get("tokens_read") == 0]
+    unread = [row["name"] for row in rows if 0 in (row.get("vectors_dequantized"), row.get("tokens_read"))]
     if unread:
         print(f"tqai: no codes were read ({', '.join(unread)}): the exact tokens cover the contexts", file=sys.stderr)
     return int(bool(unread) or any("why" in row and row["name"] != "fp8" for row in rows))
@@ -109,25 +109,22 @@ def _encoder(tokenizer) -> Callable[[str], list[int]]:
 def _generated(args, context: int, make) -> Iterator[dict]:
     """A row for each cache of transformers."""
     import torch
-    from tqai import Cache, models
+    from tqai import models
     from transformers import DynamicCache
-
-    from tqai_plugins.transformers_plugin import key_balance
 
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS["transformers"]).split(",")]
     model, tokenizer = models.load(args.model, getattr(torch, args.dtype))
-    cases, factors = make(tokenizer), key_balance.of(model)
-    for entry in (None, *entries):
+    cases = make(tokenizer)
+    for name, new in {REFERENCE: lambda: DynamicCache(config=model.config), **makers(model, tokenizer, entries)}.items():
         read, found = 0, []
         for case in cases:
-            cache = DynamicCache(config=model.config) if entry is None else Cache(model.config, key_factors=factors, **entry.options)
+            cache = new()
             forced = torch.tensor([case.asked + case.answer], device=model.device)
             with torch.inference_mode():
                 model(torch.tensor([case.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
                 found.append(model(forced[:, :-1], past_key_values=cache, logits_to_keep=len(case.answer)).logits[0])
             read += getattr(cache, "vectors_dequantized", 0)
-        row = {"name": entry.name if entry else REFERENCE, "cells": cells(cases, found)}
-        yield row | ({"tokens_read": read} if entry else {})
+        yield {"name": name, "cells": cells(cases, found)} | ({} if name == REFERENCE else {"vectors_dequantized": read})
 
 
 def _served(args, context: int, make) -> Iterator[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -95,7 +96,7 @@ def run(args) -> int:
     from rich.progress import Progress, TimeRemainingColumn
     from tqai import models
 
-    from tqai_plugins.transformers_plugin import CacheOptions, key_means
+    from tqai_plugins.transformers_plugin import CacheOptions
 
     from . import emit
 
@@ -118,8 +119,8 @@ def run(args) -> int:
     start = time.perf_counter()
     with Progress(*Progress.get_default_columns()[:3], TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("Reading", total=windows * (context - 1))
-        means = key_means.of(model, key_means.stored(model) or key_means.learn(model, tokenizer)) if any(e.mean for e in entries) else None
-        measured = measure(model, tokens, entries, args.chunk, means, lambda done: progress.advance(task, done))
+        new = makers(model, tokenizer, entries)
+        measured = measure(model, tokens, entries, new, args.chunk, lambda done: progress.advance(task, done))
         for index, rows in enumerate(measured):
             seconds = time.perf_counter() - start
             data = head | {"windows": index + 1, "seconds": seconds, "rows": rows}
@@ -137,23 +138,29 @@ def run(args) -> int:
     return 1 if unread else 0
 
 
-def measure(model, tokens, entries: list[Entry], chunk: int, means, step):
-    """After each window of `tokens` [windows, context]: the rows of the table over all windows so far.
+def makers(model, tokenizer, entries: list[Entry]) -> dict:
+    """Name -> what makes a new cache of an entry for the model; key means are those of its folder, or learned now."""
+    from tqai import Cache
 
-    means: CacheOptions.key_means of the entries that have some."""
-    from tqai import Cache, fidelity
+    from tqai_plugins.transformers_plugin import key_balance, key_means
 
-    from tqai_plugins.transformers_plugin import key_balance
+    factors, means = key_balance.of(model), None
+    if any(entry.mean for entry in entries):
+        means = key_means.of(model, key_means.stored(model) or key_means.learn(model, tokenizer))
+    make = lambda e: functools.partial(Cache, model.config, key_factors=factors, key_means=means if e.mean else None, **e.options)
+    return {entry.name: make(entry) for entry in entries}
 
-    factors = key_balance.of(model)
+
+def measure(model, tokens, entries: list[Entry], new: dict, chunk: int, step):
+    """After each window of `tokens` [windows, context]: the rows of the table over all windows so far. new: of makers."""
+    from tqai import fidelity
+
     scores = {name: fidelity.Score() for name in (REFERENCE, *fidelity.YARDSTICKS, *(e.name for e in entries))}
     counts = {e.name: [0, 0] for e in entries}
     for window in tokens:
         others = {REFERENCE: fidelity.DynamicCache(config=model.config)}
         others |= {name: fidelity.yardstick(model.config, name) for name in fidelity.YARDSTICKS}
-        compressed = {
-            e.name: Cache(model.config, key_factors=factors, key_means=means if e.mean else None, **e.options) for e in entries
-        }
+        compressed = {e.name: new[e.name]() for e in entries}
         fidelity.teacher_forced(model, window[None], len(window) // 2, others | compressed, scores, chunk, step)
         rows = [{"name": REFERENCE, "bits": 8.0 * model.dtype.itemsize} | scores[REFERENCE].summary()]
         rows += [{"name": n, "bits": bits} | scores[n].summary() for n, (_, bits) in fidelity.YARDSTICKS.items()]

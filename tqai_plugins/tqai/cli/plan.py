@@ -65,7 +65,7 @@ def make(args) -> dict:
         plan.RUNTIMES[args.runtime], args.context or min(8192, shape.max_context), args.tensor_parallel, args.twins / 100,
         args.batched_tokens, args.utilization, plan.parse_bytes(args.cache_memory) if args.cache_memory else None,
     )  # fmt: skip
-    where, divergences = results.divergences(pages=args.runtime.startswith("vllm"))
+    where, divergences = results.divergences(served=args.runtime.startswith("vllm"))
     rows = []
     for name in _formats(args.formats):
         row = plan.plan(shape, machine, use, name)
