@@ -58,4 +58,5 @@ def _why_none(config) -> str | None:
     if not compat.has_formats_of_layers():
         return "vLLM before 0.29"
     layers = config.compilation_config.static_forward_context.values()
-    return presets.why_none(config, any(getattr(layer, "sliding_window", None) for layer in layers))
+    special = ("sliding_window", "kv_sharing_target_layer_name")
+    return presets.why_none(config, any(getattr(layer, name, None) for layer in layers for name in special))
