@@ -190,7 +190,7 @@ def show(data: dict) -> None:
 
 
 def plot(data: dict, path: str) -> None:
-    """A map of depths and contexts for each cache: the share found as its colour and number."""
+    """A map of depths and contexts for each cache: the share found as its colour and number, and the log-probability."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -200,11 +200,11 @@ def plot(data: dict, path: str) -> None:
     contexts, depths = (list(dict.fromkeys(cell[name] for cell in rows[0]["cells"])) for name in ("context", "depth"))
     figure, maps = pyplot.subplots(1, len(rows), figsize=(1 + 2.2 * len(rows), 3.6), sharey=True, squeeze=False, layout="constrained")
     for axes, row in zip(maps[0], rows, strict=True):
-        grid = [[mean(row["cells"], "found", context=c, depth=d) for c in contexts] for d in depths]
-        axes.imshow(grid, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for (y, x), value in ((at, grid[at[0]][at[1]]) for at in itertools.product(range(len(depths)), range(len(contexts)))):
-            axes.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8)
+        of = lambda what, c, d, found=row["cells"]: mean(found, what, context=c, depth=d)
+        axes.imshow([[of("found", c, d) for c in contexts] for d in depths], vmin=0, vmax=1, cmap="RdYlGn", alpha=0.6, aspect="auto")
+        for (y, d), (x, c) in itertools.product(enumerate(depths), enumerate(contexts)):
+            axes.text(x, y, f"{of('found', c, d):.0%}\n{of('logprob', c, d):.1f}", ha="center", va="center", fontsize=8)
         axes.set(title=row["name"], xlabel="tokens", xticks=range(len(contexts)), xticklabels=contexts, yticks=range(len(depths)), yticklabels=depths)
     maps[0][0].set_ylabel("depth")
-    figure.suptitle(f"{data['model']}, {data['runtime']}: found of {data['needles']} needles at each place")
+    figure.suptitle(f"{data['model']}, {data['runtime']}: found of {data['needles']} needles at each place, and mean log-probability of their numbers")
     figure.savefig(path, dpi=130)
