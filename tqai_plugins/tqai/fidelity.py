@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -75,6 +76,22 @@ def teacher_forced(
                 scores[name].add(logits, reference, tokens[0, start + 1 : end + 1])
         if step:
             step(end - start)
+
+
+def after_prompt(cache: Cache, model, prompt: torch.Tensor, exact: DynamicCache) -> Cache:
+    """A new compressed cache once the model has read a prompt [1, tokens] with it; exact: an uncompressed one that has read the same.
+
+    With an exact window a prompt is seen exactly and coded afterwards, so what `exact` holds is coded and the model need not read again.
+    """
+    if cache.options.window:
+        for i, (mine, theirs) in enumerate(zip(cache.layers, exact.layers, strict=True)):
+            if isinstance(mine, CompressedLayer):
+                mine.update(theirs.keys, theirs.values)
+            else:
+                cache.layers[i] = copy.deepcopy(theirs)
+    else:
+        model(prompt, past_key_values=cache, logits_to_keep=1)
+    return cache
 
 
 def cache_bytes(cache) -> int:

@@ -2,7 +2,8 @@
 
 A text of each length of --contexts has the sentence "The pass number of Bergen is 4817." at each of --depths. When the cache holds
 it all, the sentence's beginning is given again, and the number is scored: whether each of its tokens is the likeliest, as it must be to be
-written, and the probability of all. Beginning and number are read token by token or, by transformers, as one piece behind the prompt.
+written, and the probability of all. Beginning and number are read token by token or, by transformers, as one piece behind the prompt,
+which is read once for all caches that see a prompt exactly.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ._parse import fractions, numbers
 from .benchmark_quality import REFERENCE, Entry, machine, makers, read_text
 
 DEFAULT_FORMATS = {"transformers": "k8v8,k4v4,k4v2,k3v3", "vllm": "fp8,k8v8,k4v4,k4v2,k3v3"}
+COUNTS = ("vectors_quantized", "vectors_dequantized")  # of a cache, which prove that codes were made and read
 PLACES = ("Bergen", "Cork", "Delft", "Lugo", "Oslo", "Parma", "Riga", "Turku")
 
 
@@ -86,16 +88,14 @@ def run(args) -> int:
         "dtype": args.dtype, "machine": machine("torch", args.runtime),
     }  # fmt: skip
     make = lambda tokenizer: make_cases(_encoder(tokenizer), read_text(args.text), contexts, depths, args.needles)
-    rows, data = [], head
-    for row in (_served if args.runtime == "vllm" else _generated)(args, max(contexts), make):
-        rows.append(row)
-        data = head | {"rows": rows}
-        if args.json not in (None, "-"):  # what is stopped keeps the formats that are done
+    for done in (_served if args.runtime == "vllm" else _generated)(args, contexts, make):
+        data = head | done
+        if args.json not in (None, "-"):  # what is stopped keeps the needles, or the servers, that are done
             Path(args.json).write_text(json.dumps(data, indent=1))
-        print(f"{row['name']}: {row['why'] if 'why' in row else format(mean(row['cells'], 'found'), '.1%')}", file=sys.stderr, flush=True)
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)
+    rows = data["rows"]
     unread = [row["name"] for row in rows if 0 in (row.get("vectors_dequantized"), row.get("tokens_read"))]
     if unread:
         print(f"tqai: no codes were read ({', '.join(unread)}): the exact tokens cover the contexts", file=sys.stderr)
@@ -106,31 +106,67 @@ def _encoder(tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _generated(args, context: int, make) -> Iterator[dict]:
-    """A row for each cache of transformers."""
+def _check_contexts(contexts: list[int], config) -> None:
+    """ValueError for more tokens than a model of this config reads."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most and max(contexts) > most:
+        raise ValueError(f"--contexts has {max(contexts)}, but the model reads at most {most} tokens")
+
+
+def _generated(args, contexts: list[int], make) -> Iterator[dict]:
+    """After each needle the rows of all caches of transformers over the needles so far, at every place."""
     import torch
+    from rich.console import Console
+    from rich.progress import Progress, TimeRemainingColumn
     from tqai import models
-    from transformers import DynamicCache
+
+    from tqai_plugins.transformers_plugin import CacheOptions
 
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS["transformers"]).split(",")]
+    for entry in entries:
+        CacheOptions.of(**entry.options)  # refuse before the model is loaded
     model, tokenizer = models.load(args.model, getattr(torch, args.dtype))
+    _check_contexts(contexts, model.config)
     cases = make(tokenizer)
-    for name, new in {REFERENCE: lambda: DynamicCache(config=model.config), **makers(model, tokenizer, entries)}.items():
-        read, found = 0, []
-        for case in cases:
-            cache = new()
-            forced = torch.tensor([case.asked + case.answer], device=model.device)
-            with torch.inference_mode():
-                model(torch.tensor([case.prompt], device=model.device), past_key_values=cache, logits_to_keep=1)
-                found.append(model(forced[:, :-1], past_key_values=cache, logits_to_keep=len(case.answer)).logits[0])
-            read += getattr(cache, "vectors_dequantized", 0)
-        yield {"name": name, "cells": cells(cases, found)} | ({} if name == REFERENCE else {"vectors_dequantized": read})
+    new = makers(model, tokenizer, entries)
+    read: list[Case] = []
+    scores: dict[str, list[tuple[float, float]]] = {name: [] for name in (REFERENCE, *new)}
+    counts = {name: dict.fromkeys(COUNTS, 0) for name in new}
+    with Progress(*Progress.get_default_columns()[:3], TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("Reading", total=sum(case.context for case in cases))
+        for i in range(args.needles):
+            for case in cases[i :: args.needles]:
+                for name, (logits, cache) in answers(model, case, new).items():
+                    scores[name].append(score(case, logits))
+                    for count in counts.get(name, ()):
+                        counts[name][count] += getattr(cache, count)
+                read.append(case)
+                progress.advance(task, case.context)
+            rows = [{"name": name, "cells": cells(read, found), **counts.get(name, {})} for name, found in scores.items()]
+            if not progress.console.is_terminal:
+                shares = ", ".join(f"{row['name']} {mean(row['cells'], 'found'):.1%}" for row in rows)
+                progress.console.print(f"{i + 1} of {args.needles} needles: {shares}", soft_wrap=True)
+            yield {"needles": i + 1, "rows": rows}
 
 
-def _served(args, context: int, make) -> Iterator[dict]:
-    """A row for each server, with why where one did not answer."""
+def answers(model, case: Case, new: dict[str, Callable]) -> dict[str, tuple]:
+    """Logits [answer tokens, vocabulary] of a text through a new cache of each kind, and that cache; the uncompressed one first."""
+    import torch
+    from tqai import fidelity
+
+    prompt, forced = (torch.tensor([tokens], device=model.device) for tokens in (case.prompt, case.asked + case.answer[:-1]))
+    with torch.inference_mode():
+        exact = fidelity.DynamicCache(config=model.config)
+        model(prompt, past_key_values=exact, logits_to_keep=1)
+        caches = {REFERENCE: exact} | {name: fidelity.after_prompt(make(), model, prompt, exact) for name, make in new.items()}
+        ask = lambda cache: model(forced, past_key_values=cache, logits_to_keep=len(case.answer)).logits[0]
+        return {name: (ask(cache), cache) for name, cache in caches.items()}
+
+
+def _served(args, contexts: list[int], make) -> Iterator[dict]:
+    """After each server the rows so far, with why where one did not answer."""
     from tqai import models
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from ._vllm_server import Entry, Server
 
@@ -138,32 +174,38 @@ def _served(args, context: int, make) -> Iterator[dict]:
     folder, extra = models._locate(args.model)
     if extra:
         raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {args.model} is a GGUF file")
+    _check_contexts(contexts, AutoConfig.from_pretrained(folder))
     cases = make(AutoTokenizer.from_pretrained(folder))
-    ask = lambda server, case: server.write(case.prompt, case.asked + case.answer)[-len(case.answer) :]
+    ask = lambda server, case: score(case, server.write(case.prompt, case.asked + case.answer)[-len(case.answer) :])
+    rows: list[dict] = []
     for entry in (Entry(REFERENCE, "auto"), *entries):
         try:
-            with Server(folder, args, context, entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
-                found = list(pool.map(ask, itertools.repeat(server), cases))
-                counts = server.counts() if is_tqai(entry.dtype) else {}
-            yield {"name": entry.name, "cells": cells(cases, found), **counts}
+            with Server(folder, args, max(contexts), entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
+                found = cells(cases, list(pool.map(ask, itertools.repeat(server), cases)))
+                rows.append({"name": entry.name, "cells": found, **(server.counts() if is_tqai(entry.dtype) else {})})
+                print(f"{entry.name}: {mean(found, 'found'):.1%}", file=sys.stderr, flush=True)
         except OSError as error:
             if entry.name == REFERENCE:
                 raise
-            yield {"name": entry.name, "why": str(error)}
+            rows.append({"name": entry.name, "why": str(error)})
+            print(f"{entry.name}: {error}", file=sys.stderr, flush=True)
+        yield {"rows": rows}
 
 
-def cells(cases: list[Case], logits) -> list[dict]:
-    """Of each context and depth the share of needles that were found and the mean log-probability of their numbers, by the logits
-    [answer tokens, vocabulary] of each case."""
+def score(case: Case, logits) -> tuple[float, float]:
+    """By the logits [answer tokens, vocabulary]: 1 if the number would be written, else 0, and its log-probability, in nats."""
     import torch
 
-    scores: dict[tuple[int, float], list[tuple[float, float]]] = {}
-    for case, rows in zip(cases, logits, strict=True):
-        answer = torch.tensor(case.answer, device=rows.device)
-        right = float((rows.argmax(-1) == answer).all())
-        logprob = rows.float().log_softmax(-1).gather(1, answer[:, None]).sum().item()
-        scores.setdefault((case.context, case.depth), []).append((right, logprob))
-    averages = {at: [sum(x) / len(x) for x in zip(*found)] for at, found in scores.items()}
+    answer = torch.tensor(case.answer, device=logits.device)
+    return float((logits.argmax(-1) == answer).all()), logits.float().log_softmax(-1).gather(1, answer[:, None]).sum().item()
+
+
+def cells(cases: list[Case], scores: list[tuple[float, float]]) -> list[dict]:
+    """Of each context and depth the share of needles that were found and the mean log-probability of their numbers."""
+    places: dict[tuple[int, float], list[tuple[float, float]]] = {}
+    for case, found in zip(cases, scores, strict=True):
+        places.setdefault((case.context, case.depth), []).append(found)
+    averages = {at: [sum(x) / len(x) for x in zip(*found)] for at, found in places.items()}
     return [{"context": c, "depth": d, "found": found, "logprob": logprob} for (c, d), (found, logprob) in averages.items()]
 
 
