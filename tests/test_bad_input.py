@@ -458,6 +458,11 @@ COMMANDS = {line: command(line, says) for line, says in {
     f"benchmark quality {FOLDER} --context 1": "--context is 1; allowed are 4", f"benchmark quality {FOLDER} --windows -1": "--windows is -1; allowed are 1",
     f"benchmark quality {FOLDER} --chunk 0": "--chunk is 0; allowed are 1", f"benchmark quality {FOLDER} --text none.txt": "No such file or directory",
     f"benchmark quality {FOLDER} --context 100000": "needs? .*; give a longer --text", f"benchmark quality {FOLDER} --dtype float8": "invalid choice: 'float8'",
+    f"benchmark needle {FOLDER} --depths 0.5,2": "--depths is '0.5,2'; expected numbers from 0 to 1", f"benchmark needle {FOLDER} --depths nan": "--depths is 'nan'",
+    f"benchmark needle {FOLDER} --contexts 1k": "--contexts is '1k'; expected whole", f"benchmark needle {FOLDER} --contexts 30": "--contexts has 30, which has no room",
+    f"benchmark needle {FOLDER} --contexts 100000": "--contexts has 100000, but the model reads at most [0-9]+ tokens", f"benchmark needle {FOLDER} --needles 0": "--needles is 0; allowed are 1",
+    f"benchmark needle {FOLDER} --formats k9v2": "--formats has 'k9v2'; expected k<bits>",
+    f"benchmark needle {FOLDER} --text none.txt": "No such file or directory", f"benchmark needle {FOLDER} --dtype float8": "invalid choice: 'float8'",
     f"benchmark forward {FOLDER} --configs kv": "--configs has 'kv'; known are kv-only", f"benchmark forward {FOLDER} --tokens 1": "--tokens is 1; allowed are 2",
     "benchmark kernels --shapes 8by8": "--shapes .*'8by8'", "benchmark serving --shapes x": "--shapes .*'x'", "benchmark serving --dtypes tqai_k9v9": "tqai_k9v9",
     "benchmark kernels --formats k9": "unknown KV cache format 'k9'", "mlx enabel": "invalid choice: 'enabel'",
@@ -467,6 +472,7 @@ COMMANDS = {line: command(line, says) for line, says in {
     "a text that is no text": command(
         f"benchmark quality {FOLDER} --text given.json", "--text given.json is not UTF-8 text", lambda here: here.file(b"\xff\xfe\0")
     ),
+    "a text of nothing": command(f"benchmark needle {FOLDER} --text given.json", "--text has no text", lambda here: here.file("")),
     "a preset is there already": command(f"recommend {FOLDER} --out given.json", "is there already; give another name", lambda h: h.file("{}")),
     "a damaged part of a sweep": command(
         f"recommend {FOLDER} --context 64 --out p.json", "p.json.part is no part of a sweep .*; remove it", lambda h: h.file("[", "p.json.part")

@@ -13,7 +13,7 @@ def output(capsys, *argv: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [(), ("benchmark",), ("info",), ("benchmark", "forward"), ("recommend",)])
+@pytest.mark.parametrize("argv", [(), ("benchmark",), ("info",), ("benchmark", "forward"), ("benchmark", "needle"), ("recommend",)])
 def test_help_of_every_command(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         build_parser().parse_args([*argv, "--help"])

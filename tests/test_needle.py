@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 from tqai import Cache, models
 from tqai.cli import _vllm_server, main
 from tqai.cli import benchmark_needle as needle
+from transformers import LlamaConfig
 
 from tqai_plugins.torch_kernels import codec
 
@@ -33,6 +34,12 @@ def test_the_sentence_lies_at_its_depth_and_is_asked_for_at_the_end():
         assert len(before) == round(case.depth * len(before + after)) and set(before + after) == set("hay ")
         assert len(case.prompt + case.asked + case.answer) == case.context
     assert len({bytes(case.answer) for case in cases}) == len(cases)
+
+
+def test_the_default_contexts_are_those_that_the_model_reads():
+    config = LlamaConfig(max_position_embeddings=2048)
+    assert needle._contexts(None, config) == [512, 1024, 2048] and needle._contexts([2048, 7], config) == [2048, 7]
+    assert needle._contexts(None, LlamaConfig(max_position_embeddings=100)) == [100]
 
 
 def test_found_is_what_would_be_written():
@@ -165,8 +172,6 @@ def test_servers_are_asked_one_after_another(folder, fails, code, tmp_path, caps
         (["--depths", "half"], "--depths is 'half'; expected numbers from 0 to 1"),
         (["--contexts", "1k"], "--contexts is '1k'; expected whole numbers"),
         (["--contexts", "30"], "--contexts has 30, which has no room for hay"),
-        (["--contexts", "200,4096"], "--contexts has 4096, but the model reads at most 2048 tokens"),
-        (["--contexts", "200", "--text", "/no/such/text"], "No such file or directory: /no/such/text"),
         (["--needles", "0"], "--needles is 0; allowed are 1 and more"),
         (["--formats", "k9v9"], "--formats has 'k9v9'"),
     ],

@@ -24,6 +24,7 @@ from .benchmark_quality import REFERENCE, Entry, machine, makers, read_text
 
 DEFAULT_FORMATS = {"transformers": "k8v8,k4v4,k4v2,k3v3", "vllm": "fp8,k8v8,k4v4,k4v2,k3v3"}
 COUNTS = ("vectors_quantized", "vectors_dequantized")  # of a cache, which prove that codes were made and read
+DEFAULT_CONTEXTS = "512,1024,2048,4096"
 PLACES = ("Bergen", "Cork", "Delft", "Lugo", "Oslo", "Parma", "Riga", "Turku")
 
 
@@ -38,7 +39,7 @@ def add_parser(subparsers):
     parser.add_argument("--model", default="demo", help="Hugging Face id, folder or demo (demo)")
     parser.add_argument("--text", type=Path, help="the hay (a built-in text, again and again)")
     parser.add_argument("--formats", help="as of `tqai benchmark quality`")
-    parser.add_argument("--contexts", default="512,1024,2048", help="tokens (%(default)s)")
+    parser.add_argument("--contexts", help=f"tokens ({DEFAULT_CONTEXTS}, or those that the model reads)")
     parser.add_argument("--depths", default="0,0.25,0.5,0.75,1", help="from 0 to 1 (%(default)s)")
     parser.add_argument("--needles", type=int, default=4, help="sentences at each place, one at a time (4)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
@@ -63,8 +64,11 @@ class Case:
 
 
 def make_cases(encode: Callable[[str], list[int]], hay: str, contexts: list[int], depths: list[float], needles: int) -> list[Case]:
-    """So many for each context and depth. ValueError for a context with no room for hay."""
+    """So many for each context and depth. ValueError for a context with no room for hay,
+    and for no hay."""
     tokens, source, cases = encode(hay), random.Random(0), []
+    if not tokens:
+        raise ValueError("--text has no text")
     for context, depth, i in itertools.product(contexts, depths, range(needles)):
         asked = f"\nThe pass number of {PLACES[i % len(PLACES)]} is"
         question, whole, needle = map(encode, (asked, f"{asked} {(number := source.randint(1000, 9999))}", f"{asked} {number}.\n"))
@@ -82,13 +86,14 @@ def run(args) -> int:
 
     if args.needles < 1:
         raise ValueError(f"--needles is {args.needles}; allowed are 1 and more")
-    contexts, depths = numbers(args.contexts, "--contexts"), fractions(args.depths, "--depths")
+    contexts, depths = numbers(args.contexts, "--contexts") if args.contexts else None, fractions(args.depths, "--depths")
+    hay = read_text(args.text)
     head = {
         "model": args.model, "text": args.text.name if args.text else "built-in", "runtime": args.runtime, "needles": args.needles,
         "dtype": args.dtype, "machine": machine("torch", args.runtime),
     }  # fmt: skip
-    make = lambda tokenizer: make_cases(_encoder(tokenizer), read_text(args.text), contexts, depths, args.needles)
-    for done in (_served if args.runtime == "vllm" else _generated)(args, contexts, make):
+    make = lambda tokenizer, config: make_cases(_encoder(tokenizer), hay, _contexts(contexts, config), depths, args.needles)
+    for done in (_served if args.runtime == "vllm" else _generated)(args, make):
         data = head | done
         if args.json not in (None, "-"):  # what is stopped keeps the needles, or the servers, that are done
             Path(args.json).write_text(json.dumps(data, indent=1))
@@ -106,28 +111,24 @@ def _encoder(tokenizer) -> Callable[[str], list[int]]:
     return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
 
-def _check_contexts(contexts: list[int], config) -> None:
-    """ValueError for more tokens than a model of this config reads."""
-    most = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if most and max(contexts) > most:
-        raise ValueError(f"--contexts has {max(contexts)}, but the model reads at most {most} tokens")
+def _contexts(wanted: list[int] | None, config) -> list[int]:
+    """Those, or the default ones that a model of this config reads; ValueError for more than it reads."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    if wanted and max(wanted) > most:
+        raise ValueError(f"--contexts has {max(wanted)}, but the model reads at most {most} tokens")
+    return wanted or [context for context in numbers(DEFAULT_CONTEXTS, "--contexts") if context <= most] or [most]
 
 
-def _generated(args, contexts: list[int], make) -> Iterator[dict]:
+def _generated(args, make) -> Iterator[dict]:
     """After each needle the rows of all caches of transformers over the needles so far, at every place."""
     import torch
     from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
     from tqai import models
 
-    from tqai_plugins.transformers_plugin import CacheOptions
-
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS["transformers"]).split(",")]
-    for entry in entries:
-        CacheOptions.of(**entry.options)  # refuse before the model is loaded
     model, tokenizer = models.load(args.model, getattr(torch, args.dtype))
-    _check_contexts(contexts, model.config)
-    cases = make(tokenizer)
+    cases = make(tokenizer, model.config)
     new = makers(model, tokenizer, entries)
     read: list[Case] = []
     scores: dict[str, list[tuple[float, float]]] = {name: [] for name in (REFERENCE, *new)}
@@ -163,7 +164,7 @@ def answers(model, case: Case, new: dict[str, Callable]) -> dict[str, tuple]:
         return {name: (ask(cache), cache) for name, cache in caches.items()}
 
 
-def _served(args, contexts: list[int], make) -> Iterator[dict]:
+def _served(args, make) -> Iterator[dict]:
     """After each server the rows so far, with why where one did not answer."""
     from tqai import models
     from transformers import AutoConfig, AutoTokenizer
@@ -174,13 +175,13 @@ def _served(args, contexts: list[int], make) -> Iterator[dict]:
     folder, extra = models._locate(args.model)
     if extra:
         raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {args.model} is a GGUF file")
-    _check_contexts(contexts, AutoConfig.from_pretrained(folder))
-    cases = make(AutoTokenizer.from_pretrained(folder))
+    cases = make(AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder))
+    longest = max(case.context for case in cases)
     ask = lambda server, case: score(case, server.write(case.prompt, case.asked + case.answer)[-len(case.answer) :])
     rows: list[dict] = []
     for entry in (Entry(REFERENCE, "auto"), *entries):
         try:
-            with Server(folder, args, max(contexts), entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
+            with Server(folder, args, longest, entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
                 found = cells(cases, list(pool.map(ask, itertools.repeat(server), cases)))
                 rows.append({"name": entry.name, "cells": found, **(server.counts() if is_tqai(entry.dtype) else {})})
                 print(f"{entry.name}: {mean(found, 'found'):.1%}", file=sys.stderr, flush=True)
