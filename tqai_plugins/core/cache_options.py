@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
-from .kv_format import DEFAULT_BITS, check_width, parse_name
+from .kv_format import DEFAULT_BITS, check_width, parse_name, shown
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
 
@@ -81,3 +81,13 @@ def check_count(name: str, value: int, lowest: int) -> None:
     """ValueError, with the option's name, for what is no whole number from `lowest` on."""
     if type(value) is not int or value < lowest:
         raise ValueError(f"{name} is {value!r}; allowed are whole numbers from {lowest}")
+
+
+def check_key_means(given: object, kind: type, expected: str) -> None:
+    """ValueError for key_means that are neither None nor a mapping: layer -> a runtime's `kind`, which `expected` describes."""
+    if not isinstance(given, (Mapping, type(None))):
+        raise ValueError(f"key_means is {shown(given)}; expected a mapping such as that of key_means.learn(model, tokenizer)")
+    for layer, means in (given or {}).items():
+        check_count("a layer of key_means", layer, 0)
+        if not isinstance(means, kind):
+            raise ValueError(f"key_means is {shown(means)} for layer {layer}; expected {expected}")

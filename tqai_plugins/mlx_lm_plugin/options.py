@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
 
 from ..core import cache_options
-from ..core.cache_options import check_count
-from ..core.kv_format import SERVED_WIDTHS, KVFormat, parse_name, shown
+from ..core.cache_options import check_key_means
+from ..core.kv_format import SERVED_WIDTHS, KVFormat, parse_name
 from .key_mean import KeyMean
 
 
@@ -31,12 +31,7 @@ class CacheOptions(cache_options.CacheOptions):
             if type(bits) is not int or bits not in SERVED_WIDTHS:
                 allowed = ", ".join(map(str, SERVED_WIDTHS))
                 raise ValueError(f"{name} is {bits!r}; on MLX allowed are {allowed}")
-        if not isinstance(self.key_means, (Mapping, type(None))):
-            raise ValueError(f"key_means is {shown(self.key_means)}; expected a mapping such as that of key_means.learn(model, tokenizer)")
-        for layer, mean in (self.key_means or {}).items():
-            check_count("a layer of key_means", layer, 0)
-            if not isinstance(mean, KeyMean):
-                raise ValueError(f"key_means is {shown(mean)} for layer {layer}; expected what key_means.learn(model, tokenizer) returns")
+        check_key_means(self.key_means, KeyMean, "what key_means.learn(model, tokenizer) returns")
         super().__post_init__()
 
     def of_layer(self, layer: int) -> Self:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..core import cache_options
-from ..core.cache_options import check_count
+from ..core.cache_options import check_count, check_key_means
 from ..core.kv_format import shown
 from .key_means import TurnedMeans
 
@@ -54,13 +54,7 @@ class CacheOptions(cache_options.CacheOptions):
             check_count("a layer of key_factors", layer, 0)
             if not isinstance(factors, Sequence) or not factors or not all(map(_is_power_of_two, factors)):
                 raise ValueError(f"key_factors is {shown(factors)} for layer {layer}; expected powers of two, one for each coordinate")
-
-        if not isinstance(self.key_means, (Mapping, type(None))):
-            raise ValueError(f"key_means is {shown(self.key_means)}; expected a mapping such as that of key_means.learn(model, tokenizer)")
-        for layer, means in (self.key_means or {}).items():
-            check_count("a layer of key_means", layer, 0)
-            if not isinstance(means, TurnedMeans):
-                raise ValueError(f"key_means is {shown(means)} for layer {layer}; expected what key_means.of(model, ...) makes of learned means")
+        check_key_means(self.key_means, TurnedMeans, "what key_means.of(model, ...) makes of learned means")
 
     def means_of(self, layer: int) -> TurnedMeans | None:
         """key_means of one layer where they pay; balance leaves them nothing to take."""

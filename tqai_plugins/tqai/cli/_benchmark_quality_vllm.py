@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ._vllm_server import Entry, Server, stored_bits
+from ._vllm_server import Entry, Server, served_folder, stored_bits
 from .benchmark_quality import REFERENCE, machine, read_text, split_windows
 
 DEFAULT_FORMATS = "fp8,k8v8,k4v4,k4v4:0,k4v2,k4v2:0,k3v3"
@@ -21,16 +21,14 @@ WAYS = {"prompt": "as a prompt in chunks", "continuation": "as a forced continua
 
 
 def run(args) -> int:
-    from tqai import fidelity, models
+    from tqai import fidelity
     from transformers import AutoTokenizer
 
     from . import emit
 
     context, windows = args.context or (2048 if args.text else 512), args.windows or (4 if args.text else 2)
     entries = [Entry(REFERENCE, "auto"), *map(Entry.parse, (args.formats or DEFAULT_FORMATS).split(","))]
-    folder, extra = models._locate(args.model)
-    if extra:
-        raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {args.model} is a GGUF file")
+    folder = served_folder(args.model)
     ids = AutoTokenizer.from_pretrained(folder)(read_text(args.text), return_tensors="pt").input_ids[0]
     tokens = split_windows(ids, context, windows).tolist()
     head = {

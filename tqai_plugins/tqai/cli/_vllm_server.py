@@ -55,6 +55,16 @@ class Entry:
         return ["--kv-cache-dtype", self.dtype, *(["--additional-config", json.dumps({"tqai": options})] if options else [])]
 
 
+def served_folder(model: str) -> str:
+    """The folder or Hugging Face id that a server takes; ValueError for a GGUF file."""
+    from tqai import models
+
+    folder, extra = models._locate(model)
+    if extra:
+        raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {model} is a GGUF file")
+    return folder
+
+
 def stored_bits(dtype: str, folder: str) -> dict:
     """Bits an element, of codes and scales."""
     from transformers import AutoConfig

@@ -64,8 +64,7 @@ class Case:
 
 
 def make_cases(encode: Callable[[str], list[int]], hay: str, contexts: list[int], depths: list[float], needles: int) -> list[Case]:
-    """So many for each context and depth. ValueError for a context with no room for hay,
-    and for no hay."""
+    """So many for each context and depth. ValueError for a context with no room for hay, and for no hay."""
     tokens, source, cases = encode(hay), random.Random(0), []
     if not tokens:
         raise ValueError("--text has no text")
@@ -166,15 +165,12 @@ def answers(model, case: Case, new: dict[str, Callable]) -> dict[str, tuple]:
 
 def _served(args, make) -> Iterator[dict]:
     """After each server the rows so far, with why where one did not answer."""
-    from tqai import models
     from transformers import AutoConfig, AutoTokenizer
 
-    from ._vllm_server import Entry, Server
+    from ._vllm_server import Entry, Server, served_folder
 
     entries = [Entry.parse(text) for text in (args.formats or DEFAULT_FORMATS["vllm"]).split(",")]
-    folder, extra = models._locate(args.model)
-    if extra:
-        raise ValueError(f"--runtime vllm serves model folders and Hugging Face ids; {args.model} is a GGUF file")
+    folder = served_folder(args.model)
     cases = make(AutoTokenizer.from_pretrained(folder), AutoConfig.from_pretrained(folder))
     longest = max(case.context for case in cases)
     ask = lambda server, case: score(case, server.write(case.prompt, case.asked + case.answer)[-len(case.answer) :])
