@@ -539,6 +539,8 @@ def with_means():
 
 
 class Reader:
+    vocab_size = 64
+
     def encode(self, text):
         return [ord(letter) % 64 for letter in text]
 

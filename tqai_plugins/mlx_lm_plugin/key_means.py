@@ -26,7 +26,7 @@ FAR = 1000  # a position at which RoPE must turn by so many times the angle
 def learn(model: nn.Module, tokenizer) -> dict[int, LayerMeans]:
     """Layer -> its means, while the model reads a built-in text with mlx-lm's own caches. ValueError for a model without a
     layer whose RoPE turns all pairs (i, i + head_dim / 2) by one position."""
-    tokens = mx.array(tokenizer.encode(PROSE)[: key_mean.TOKENS])
+    tokens = mx.array(key_mean.choose_tokens(tokenizer.encode(PROSE), tokenizer.vocab_size, key_mean.TOKENS))
     make = getattr(type(model), "make_cache", None)
     caches = make(model) if make else [KVCache() for _ in model.layers]
     layers = {id(cache): layer for layer, cache in enumerate(caches) if type(cache) is KVCache}

@@ -66,16 +66,20 @@ def served_folder(model: str) -> str:
 
 
 def stored_bits(dtype: str, folder: str) -> dict:
-    """Bits an element, of codes and scales."""
+    """Bits an element, of codes and scales; for vLLM's own turboquant_* without its layers that stay uncompressed."""
     from transformers import AutoConfig
 
     from tqai_plugins.core.kv_format import KVFormat, is_tqai
 
-    if not is_tqai(dtype):
-        return {"bits": 8.0 if dtype.startswith("fp8") else 16.0}
     config = AutoConfig.from_pretrained(folder).get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"bits": KVFormat.from_name(dtype, head_dim).bits_per_element}
+    if is_tqai(dtype):
+        return {"bits": KVFormat.from_name(dtype, head_dim).bits_per_element}
+    if dtype.startswith("turboquant"):
+        from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+        return {"bits": 4.0 * TurboQuantConfig.from_cache_dtype(dtype, head_dim).slot_size_aligned / head_dim}
+    return {"bits": 8.0 if dtype.startswith("fp8") else 16.0}
 
 
 class Server:
