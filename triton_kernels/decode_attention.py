@@ -68,7 +68,7 @@ def tuning(fmt: KVFormat, columns: int) -> Tuning:
     if eight:
         return Tuning(3, 232, 8)  # bytes are the limit: many in flight
     # Five stages load a tile while the one before is read, three (there are page numbers to load first) behind it.
-    return Tuning(5 if fmt.bits_v == 2 else 3, 168, 12)
+    return Tuning(5 if fmt.bits_v == 2 and fmt.bits_k != 3 else 3, 168, 12)
 
 
 @triton.jit
