@@ -33,14 +33,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def emit(args: argparse.Namespace, data: dict, show) -> None:
     """Print data as JSON with --json, else call show(). `--json FILE` writes the file and shows too."""
-    data = {"command": args.command} | data
     if args.json == "-":
-        print(json.dumps(data, indent=1))
+        print(_text(args, data))
         return
     show()
-    if args.json:
+    keep(args, data)
+
+
+def keep(args: argparse.Namespace, data: dict) -> None:
+    """Write the file of `--json FILE`, if there is one: after each step of long work, so that what is stopped keeps what is done."""
+    if args.json not in (None, "-"):
         with open(args.json, "w") as file:
-            json.dump(data, file, indent=1)
+            file.write(_text(args, data))
+
+
+def _text(args: argparse.Namespace, data: dict) -> str:
+    return json.dumps({"command": args.command} | data, indent=1)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

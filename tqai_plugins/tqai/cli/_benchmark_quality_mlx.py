@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
-from pathlib import Path
 
 from .benchmark_quality import DEFAULT_FORMATS, Entry, machine, plot, read_text, show, split_windows
 
@@ -20,7 +18,7 @@ def run(args) -> int:
     from tqai_plugins.core import key_mean_file
     from tqai_plugins.mlx_lm_plugin import CacheOptions, fidelity, key_means
 
-    from . import emit
+    from . import emit, keep
 
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS).split(",")]
     options = [CacheOptions.of(**entry.options) for entry in entries]  # refuse before the model is loaded
@@ -40,8 +38,7 @@ def run(args) -> int:
     given = {entry.name: entry.options | {"key_means": means if entry.mean else None} for entry in entries}
     for index, rows in enumerate(fidelity.measure(model, tokens, given)):
         data = head | {"windows": index + 1, "seconds": time.perf_counter() - start, "rows": rows}
-        if args.json not in (None, "-"):  # what is stopped keeps the windows that are done
-            Path(args.json).write_text(json.dumps(data, indent=1))
+        keep(args, data)
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)

@@ -11,7 +11,6 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from ._vllm_server import Entry, Server, served_folder, stored_bits
 from .benchmark_quality import REFERENCE, machine, read_text, split_windows
@@ -24,7 +23,7 @@ def run(args) -> int:
     from tqai import fidelity
     from transformers import AutoTokenizer
 
-    from . import emit
+    from . import emit, keep
 
     context, windows = args.context or (2048 if args.text else 512), args.windows or (4 if args.text else 2)
     entries = [Entry(REFERENCE, "auto"), *map(Entry.parse, (args.formats or DEFAULT_FORMATS).split(","))]
@@ -53,8 +52,7 @@ def run(args) -> int:
             row["why"] = str(error)
         rows.append(row)
         data = head | {"seconds": time.perf_counter() - start, "rows": rows}
-        if args.json not in (None, "-"):  # what is stopped keeps the servers that are done
-            Path(args.json).write_text(json.dumps(data, indent=1))
+        keep(args, data)
         print(json.dumps(row), file=sys.stderr, flush=True)
         if entry.name == REFERENCE and "why" in row:
             raise OSError(f"the uncompressed server did not answer: {row['why']}")

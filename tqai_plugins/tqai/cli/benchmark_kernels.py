@@ -38,27 +38,27 @@ def run(args) -> int:
         return _benchmark_kernels_mlx.run(args)
     import torch
 
-    from . import _parse, emit
+    from . import _parse, emit, keep
 
     shapes = _parse.shapes(args.shapes or SHAPES)
     for name in args.formats.split(","):
         KVFormat.from_name(name, args.head_dim)
     if not torch.cuda.is_available():
         raise ValueError("benchmark kernels needs a CUDA device; none is here")
-    copy = copy_bandwidth()
-    rows = []
+    import triton
+
+    rows: list[dict] = []
+    data = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "date": datetime.date.today().isoformat(), "copy_gb_s": copy_bandwidth(), "q_heads": args.q_heads,
+        "kv_heads": args.kv_heads, "head_dim": args.head_dim, "rows": rows,
+    }  # fmt: skip
     for sequences, context in shapes:
         rows += measure_peers(args, sequences, context)
         for name in args.formats.split(","):
-            rows.append(measure_format(args, name, sequences, context, copy))
+            rows.append(measure_format(args, name, sequences, context, data["copy_gb_s"]))
+            keep(args, data)
             torch.cuda.empty_cache()
-    import triton
-
-    data = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "date": datetime.date.today().isoformat(), "copy_gb_s": copy, "q_heads": args.q_heads,
-        "kv_heads": args.kv_heads, "head_dim": args.head_dim, "rows": rows,
-    }  # fmt: skip
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)

@@ -9,7 +9,6 @@ which is read once for all caches that see a prompt exactly.
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -81,7 +80,7 @@ def make_cases(encode: Callable[[str], list[int]], hay: str, contexts: list[int]
 
 
 def run(args) -> int:
-    from . import emit
+    from . import emit, keep
 
     if args.needles < 1:
         raise ValueError(f"--needles is {args.needles}; allowed are 1 and more")
@@ -94,8 +93,7 @@ def run(args) -> int:
     make = lambda tokenizer, config: make_cases(_encoder(tokenizer), hay, _contexts(contexts, config), depths, args.needles)
     for done in (_served if args.runtime == "vllm" else _generated)(args, make):
         data = head | done
-        if args.json not in (None, "-"):  # what is stopped keeps the needles, or the servers, that are done
-            Path(args.json).write_text(json.dumps(data, indent=1))
+        keep(args, data)
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -98,7 +97,7 @@ def run(args) -> int:
 
     from tqai_plugins.transformers_plugin import CacheOptions
 
-    from . import emit
+    from . import emit, keep
 
     entries = [Entry.parse(text, args) for text in (args.formats or DEFAULT_FORMATS).split(",")]
     for entry in entries:
@@ -124,8 +123,7 @@ def run(args) -> int:
         for index, rows in enumerate(measured):
             seconds = time.perf_counter() - start
             data = head | {"windows": index + 1, "seconds": seconds, "rows": rows}
-            if args.json not in (None, "-"):  # what is stopped keeps the windows that are done
-                Path(args.json).write_text(json.dumps(data, indent=1))
+            keep(args, data)
             if not progress.console.is_terminal:
                 progress.console.print(f"window {index + 1} of {windows} read, {seconds:.0f} s", soft_wrap=True)
     emit(args, data, lambda: show(data))

@@ -44,7 +44,7 @@ def add_parser(subparsers):
 
 
 def run(args) -> int:
-    from . import _parse, emit
+    from . import _parse, emit, keep
 
     shapes = _parse.shapes(args.shapes) if args.shapes else []
     for dtype in args.dtypes.split(","):
@@ -52,16 +52,16 @@ def run(args) -> int:
             parse_name(dtype)
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("benchmark serving needs vLLM; install it with: pip install 'tqai[vllm]'")
-    rows = []
+    head = {"gpus": args.tensor_parallel_size, "date": datetime.date.today().isoformat(), "model": args.model or "random Llama-3.1-8B"}
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
         model = args.model or _random_llama(Path(scratch))
         for dtype in args.dtypes.split(","):
             rows.append(_in_a_process(args, shapes, model, dtype, bool(args.model)))
+            head = rows[-1].pop("machine", {}) | head
+            data = head | {"rows": rows}
+            keep(args, data)
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    machine = next((row.pop("machine") for row in rows if "machine" in row), {})
-    for row in rows:
-        row.pop("machine", None)
-    data = {**machine, "gpus": args.tensor_parallel_size, "date": datetime.date.today().isoformat(), "model": args.model or "random Llama-3.1-8B", "rows": rows}
     emit(args, data, lambda: show(data))
     if args.plot:
         plot(data, args.plot)
