@@ -4,7 +4,8 @@
 // leave their sums in the basis of the codes; with EXACT one more takes the exact tokens, in the model's basis.
 //   q [batch, q_heads, 1, D]; slots [batch, kv_heads, capacity, WORDS]; recent, sinks [batch, 2 kv_heads, .., D]
 //   tables: softmax scale times log2(e), D signs, 16 levels of keys, 16 of values
-//   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, KV heads
+//   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, KV heads,
+//   sequences
 //   rows [2, batch]: first column of a sequence, first column that `recent` holds
 //   bias [batch, q_heads, tokens]: what base-2 scores of codes gain by their place in a sequence, with BIAS
 // -> sums [batch, q_heads, splits, D], stats [batch, q_heads, splits, 2]: base-2 maximum and total weight.
@@ -19,7 +20,7 @@
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup, chunk = lane % LANES;
     const int split = threadgroup_position_in_grid.x, b = threadgroup_position_in_grid.z;
     const int kv_head = threadgroup_position_in_grid.y / BLOCKS, first_head = threadgroup_position_in_grid.y % BLOCKS * G;
-    const int splits = sizes[1], heads = sizes[7], batch = rows_shape[1];
+    const int splits = sizes[1], heads = sizes[7], batch = sizes[8];
     const bool exact = EXACT && split == splits, mine = chunk < CHUNKS;
 
     // Columns: sinks from `start`, then codes from `coded` to `near`, then recent ones to sizes[0].

@@ -14,7 +14,7 @@ HEADS_AT_ONCE = 4  # query heads that share a reading of the slots, a power of t
 TOKENS_AT_ONCE = 4  # tokens that lanes take at once, a power of two
 NUMBERS = 64  # of queries and sums, each in a lane's registers
 THREADGROUPS = 528  # four on each of an H100's 132 multiprocessors, all there at once
-MERGE_SIMDGROUPS = 4
+MERGE_SIMDGROUPS = 16
 
 
 def decode_attention(
@@ -67,7 +67,8 @@ def decode_attention(
             "sinks": none if sinks is None else sinks,
             "tables": tables.attention(fmt, scale * math.log2(math.e)),
             "bias": tables.nothing(mx.float32) if bias is None else bias,
-            "sizes": tables.numbers(length, splits, slots.shape[2], counts[0], ring, counts[1], first, heads), "rows": rows,
+            "sizes": tables.numbers(length, splits, slots.shape[2], counts[0], ring, counts[1], first, heads, batch),
+            "rows": rows,
         },
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
@@ -87,15 +88,16 @@ def merge(
     """sums [batch, q_heads, parts, head_dim] and stats [.., 2] of decode_attention -> [batch, q_heads, 1, head_dim]."""
     batch, q_heads, _, head_dim = sums.shape
     logits = tables.attention(fmt, 1.0) if extra is None else extra.astype(mx.float32) * math.log2(math.e)
+    simdgroups = min(MERGE_SIMDGROUPS, 4096 // head_dim)  # 16 KiB of threadgroup memory
     (out,) = launch.launch(
         "merge",
         {
             "sums": sums, "stats": stats, "tables": tables.attention(fmt, 1.0), "extra": logits,
-            "sizes": tables.numbers(splits),
+            "sizes": tables.numbers(splits, q_heads),
         },
         {"out": ((batch, q_heads, 1, head_dim), dtype)},
-        {"T": dtype, "D": head_dim, "SG": MERGE_SIMDGROUPS, "EXACT": int(exact), "SINKS": int(extra is not None)},
+        {"T": dtype, "D": head_dim, "SG": simdgroups, "EXACT": int(exact), "SINKS": int(extra is not None)},
         (q_heads, batch, 1),
-        MERGE_SIMDGROUPS,
+        simdgroups,
     )  # fmt: skip
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from importlib.resources import files
 
 import mlx.core as mx
@@ -17,8 +18,7 @@ METAL_PRELUDE = """#define TQAI_FN inline
 // The value of lane `index` modulo 32.
 TQAI_FN float simd_table(float v, uint index) { return metal::simd_shuffle(v, ushort(index & 31u)); }
 """
-# CUDA's own __device__ and __constant__ end in these words, which therefore lose their meaning last.
-CUDA_LAST = "#define device\n#define constant\n"
+CUDA_TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 
 
 def backend() -> str | None:
@@ -37,24 +37,36 @@ def _text(name: str) -> str:
     return (files(__package__) / name).read_text()
 
 
-@functools.lru_cache(None)
-def header(kind: str) -> str:
-    """What comes before every kernel."""
-    facts = f"#define TOP {TOP}f\n#define SMALLEST_RMS {SMALLEST_RMS}f\n#define SCALE_DENOMINATOR {SCALE_DENOMINATOR}.0f\n"
-    if kind == "metal":
-        return METAL_PRELUDE + facts + _text("common.metal")
-    return _text("cuda_prelude.cuh") + facts + _text("common.metal") + CUDA_LAST
+def _facts() -> str:
+    """Numbers of the codec that kernels use."""
+    return f"#define TOP {TOP}f\n#define SMALLEST_RMS {SMALLEST_RMS}f\n#define SCALE_DENOMINATOR {SCALE_DENOMINATOR}.0f\n"
 
 
 @functools.lru_cache(None)
-def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], kind: str):
+def header() -> str:
+    """What comes before every kernel on Metal."""
+    return METAL_PRELUDE + _facts() + _text("common.metal")
+
+
+def _include(name: str) -> str:
+    return f'#include "{files(__package__) / name}"\n'
+
+
+@functools.lru_cache(None)
+def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], template: tuple, kind: str) -> Callable:
     """MLX's kernel of one of our sources, for Metal or CUDA."""
-    make, source = mx.fast.metal_kernel if kind == "metal" else mx.fast.cuda_kernel, _text(f"{name}.metal")
-    # MLX keeps compiled CUDA kernels on disk by their names: another text needs another name.
-    digest = hashlib.sha256((header(kind) + source).encode()).hexdigest()[:8]
-    return make(
-        name=f"tqai_{name}_{digest}", input_names=list(inputs), output_names=list(outputs), source=source, header=header(kind)
-    )
+    text, names = _text(f"{name}.metal"), {"input_names": list(inputs), "output_names": list(outputs)}
+    if kind == "metal":
+        made = mx.fast.metal_kernel(name=f"tqai_{name}", source=text, header=header(), **names)
+        return functools.partial(made, template=list(template))
+    # MLX copies and hashes the text at every launch, and turns every value of a template into text: so it gets
+    # a few lines. It keeps compiled kernels on disk by their names: another text needs another name.
+    values = "".join(f"using {k} = {CUDA_TYPES[v]};\n" if isinstance(v, mx.Dtype) else f"constexpr int {k} = {v};\n" for k, v in template)
+    everything = _text("cuda_prelude.cuh") + header() + values + text
+    # CUDA's own __device__ and __constant__ end in these words, which therefore lose their meaning last.
+    before = _include("cuda_prelude.cuh") + _facts() + _include("common.metal") + "#define device\n#define constant\n"
+    digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
+    return mx.fast.cuda_kernel(name=f"tqai_{name}_{digest}", source=values + _include(f"{name}.metal"), header=before, **names)
 
 
 def launch(
@@ -68,12 +80,12 @@ def launch(
     """Run <name>.metal on groups of `simdgroups` simdgroups; the outputs in their order.
 
     Inputs are not copied if they are contiguous, so buffers are given whole, never a slice of them. MLX tells CUDA
-    kernels apart by their template alone: it has to name every dtype that can differ.
+    kernels apart by their names, ours by the template alone: it has to name every dtype that can differ.
     """
-    run = kernel(name, tuple(inputs), tuple(outputs), backend())
+    run = kernel(name, tuple(inputs), tuple(outputs), tuple(template.items()), backend())
     threads = 32 * simdgroups
+    shapes, dtypes = zip(*outputs.values())
     return run(
-        inputs=list(inputs.values()), template=list(template.items()), grid=(groups[0] * threads, *groups[1:]),
-        threadgroup=(threads, 1, 1), output_shapes=[shape for shape, _ in outputs.values()],
-        output_dtypes=[dtype for _, dtype in outputs.values()],
+        inputs=list(inputs.values()), grid=(groups[0] * threads, groups[1], groups[2]), threadgroup=(threads, 1, 1),
+        output_shapes=shapes, output_dtypes=dtypes,
     )  # fmt: skip

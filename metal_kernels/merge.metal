@@ -1,48 +1,69 @@
 // Body of `merge`: the splits of one query head, those of codes rotated back.
 //
 // Threadgroup (query head, sequence). sums [batch, q_heads, splits, D], stats [.., 2]; tables: as decode_attention has them;
-// extra [q_heads]: logits without a value, times log2(e), of which SINKS says whether they count; sizes: splits of codes
+// extra [q_heads]: logits without a value, times log2(e), of which SINKS says whether they count; sizes: splits of codes,
+// query heads
 // -> out [batch, q_heads, 1, D] of type T. D: head_dim; SG: simdgroups; EXACT: whether the last split is of exact tokens.
 
-    constexpr int CHUNKS = Lanes<D, 16>::CHUNKS, LANES = Lanes<D, 16>::LANES, GROUPS = Lanes<D, 16>::GROUPS;
-    threadgroup float parts[SG * D];
-    const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup, chunk = lane % LANES;
-    const int splits = sizes[0], all = splits + EXACT;
-    const size_t head = size_t(threadgroup_position_in_grid.y) * sums_shape[1] + threadgroup_position_in_grid.x;
+    constexpr int PER = D <= 128 ? 4 : D <= 256 ? 8 : 16;  // as many lanes as there are: all of it is waiting for memory
+    constexpr int CHUNKS = Lanes<D, PER>::CHUNKS, LANES = Lanes<D, PER>::LANES, GROUPS = Lanes<D, PER>::GROUPS;
+    threadgroup float tops[SG], totals[SG], parts[SG * D];
+    const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
+    const int chunk = metal::min(lane % LANES, CHUNKS - 1), splits = sizes[0], all = splits + EXACT;
+    const size_t head = size_t(threadgroup_position_in_grid.y) * sizes[1] + threadgroup_position_in_grid.x;
 
-    float top = SINKS ? extra[threadgroup_position_in_grid.x] : -1e30f;
-    for (int s = lane; s < all; s += 32) top = metal::max(top, stats[2 * (head * all + s)]);
-    top = simd_max(top);
-    float total = 0.0f;
-    for (int s = lane; s < all; s += 32) total += stats[2 * (head * all + s) + 1] * metal::exp2(stats[2 * (head * all + s)] - top);
-    total = simd_sum(total);
-    if (SINKS) total += metal::exp2(extra[threadgroup_position_in_grid.x] - top);
-
-    float sum[16];
-    UNROLL for (int i = 0; i < 16; i++) sum[i] = 0.0f;
+    // No load waits for another: every group of lanes has a maximum of its own.
+    float top = -1e30f, total = 0.0f, sum[PER];
+    UNROLL for (int i = 0; i < PER; i++) sum[i] = 0.0f;
     for (int s = sg * GROUPS + lane / LANES; s < splits; s += SG * GROUPS) {
-        const float weight = metal::exp2(stats[2 * (head * all + s)] - top);
-        if (chunk < CHUNKS)
-            UNROLL for (int i = 0; i < 16; i++) sum[i] += weight * sums[(head * all + s) * D + 16 * chunk + i];
+        const size_t part = head * all + s;
+        const device float4* row = (const device float4*)(sums + part * D + PER * chunk);
+        const float highest = metal::max(top, stats[2 * part]);
+        const float shrink = metal::exp2(top - highest), weight = metal::exp2(stats[2 * part] - highest);
+        top = highest;
+        total = total * shrink + stats[2 * part + 1] * weight;
+        UNROLL for (int i = 0; i < PER; i += 4) {
+            const float4 x = row[i / 4];
+            sum[i] = sum[i] * shrink + x.x * weight;
+            sum[i + 1] = sum[i + 1] * shrink + x.y * weight;
+            sum[i + 2] = sum[i + 2] * shrink + x.z * weight;
+            sum[i + 3] = sum[i + 3] * shrink + x.w * weight;
+        }
     }
-    UNROLL for (int i = 0; i < 16; i++) {
+    float highest = top;
+    UNROLL for (int stride = LANES; stride < 32; stride <<= 1) highest = metal::max(highest, simd_shuffle_xor(highest, ushort(stride)));
+    const float shrink = metal::exp2(top - highest);
+    total *= shrink;
+    UNROLL for (int stride = LANES; stride < 32; stride <<= 1) total += simd_shuffle_xor(total, ushort(stride));
+    UNROLL for (int i = 0; i < PER; i++) {
+        sum[i] *= shrink;
         UNROLL for (int stride = LANES; stride < 32; stride <<= 1) sum[i] += simd_shuffle_xor(sum[i], ushort(stride));
-        if (lane < CHUNKS) parts[sg * D + 16 * chunk + i] = sum[i];
+        if (lane < CHUNKS) parts[sg * D + PER * chunk + i] = sum[i];
+    }
+    if (lane == 0) {
+        tops[sg] = highest;
+        totals[sg] = total;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (sg == 0) {
-        UNROLL for (int i = 0; i < 16; i++) {
-            sum[i] = 0.0f;
-            if (chunk < CHUNKS)
-                for (int k = 0; k < SG; k++) sum[i] += parts[k * D + 16 * chunk + i];
+        const size_t last = head * all + splits;
+        const float own_top = lane < SG ? tops[lane] : -1e30f, last_top = EXACT ? stats[2 * last] : -1e30f;
+        const float logit = SINKS ? extra[threadgroup_position_in_grid.x] : -1e30f;
+        const float highest = metal::max(simd_max(own_top), metal::max(last_top, logit));
+        const float weight = metal::exp2(own_top - highest), last_weight = EXACT ? metal::exp2(last_top - highest) : 0.0f;
+        float total = simd_sum(lane < SG ? totals[lane] * weight : 0.0f);
+        if (EXACT) total += stats[2 * last + 1] * last_weight;
+        if (SINKS) total += metal::exp2(logit - highest);
+        UNROLL for (int i = 0; i < PER; i++) sum[i] = 0.0f;
+        UNROLL for (int k = 0; k < SG; k++) {
+            const float share = simd_table(weight, k);
+            UNROLL for (int i = 0; i < PER; i++) sum[i] += share * parts[k * D + PER * chunk + i];
         }
-        hadamard<D, 16>(sum, chunk);
-        if (lane < CHUNKS) {
-            const float last = EXACT ? metal::exp2(stats[2 * (head * all + splits)] - top) : 0.0f;
-            UNROLL for (int i = 0; i < 16; i++) {
-                float value = sum[i] * tables[1 + 16 * chunk + i];
-                if (EXACT) value += last * sums[(head * all + splits) * D + 16 * chunk + i];
-                out[head * D + 16 * chunk + i] = T(total > 0.0f ? value / total : 0.0f);
+        hadamard<D, PER>(sum, chunk);
+        if (lane < CHUNKS)
+            UNROLL for (int i = 0; i < PER; i++) {
+                float value = sum[i] * tables[1 + PER * chunk + i];
+                if (EXACT) value += last_weight * sums[last * D + PER * chunk + i];
+                out[head * D + PER * chunk + i] = T(total == 0.0f ? 0.0f : value / total);
             }
-        }
     }

@@ -40,6 +40,9 @@ struct bfloat16_t {
 struct uint3 {
     uint x, y, z;
 };
+struct float4 {
+    float x, y, z, w;
+};
 #define device
 #define constant
 #define thread

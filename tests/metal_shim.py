@@ -28,7 +28,7 @@ ATTRIBUTES = {
 
 def generated(name, inputs, outputs, template, groups, simdgroups, edit=lambda text: text) -> str:
     """The Metal source that MLX makes of this launch; `edit` changes the kernel's body before."""
-    header = real.header("metal")
+    header = real.header()
     kernel = mx.fast.metal_kernel(
         name=f"tqai_{name}", input_names=list(inputs), output_names=list(outputs), source=edit(real._text(f"{name}.metal")),
         header=header,

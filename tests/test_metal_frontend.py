@@ -21,6 +21,7 @@ PRELUDE = """
 typedef unsigned int uint; typedef unsigned short ushort; typedef unsigned long size_t;
 typedef uint uint32_t; typedef int int32_t; typedef half float16_t;
 typedef uint uint3 __attribute__((ext_vector_type(3)));
+typedef float float4 __attribute__((ext_vector_type(4)));
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #define device __global
 #define threadgroup __local
