@@ -104,7 +104,7 @@ def test_the_speed_table_through_the_shim(monkeypatch, capsys):
     launched = []
     monkeypatch.setattr(launch, "available", metal_shim.available)
     monkeypatch.setattr(launch, "launch", lambda name, *a: launched.append(name) or metal_shim.launch(name, *a))
-    monkeypatch.setattr(speed, "time_of", lambda call, **_: mx.eval(call()) or 1.0)
+    monkeypatch.setattr(speed, "time_of", lambda call, **_: mx.eval(call()) or (1.0, 2.0))
     data = benchmark.measure("1x40", "tqai_k4v2,tqai_k8v8", 4, 2, 64)
     assert [row["name"] for row in data["rows"]] == ["mx.fast SDPA float16", "mlx-lm 4-bit affine", "tqai_k4v2", "tqai_k8v8"]
     assert data["rows"][2]["bytes"] == 40 * 2 * KVFormat(4, 2, 64).slot_bytes

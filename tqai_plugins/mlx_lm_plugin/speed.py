@@ -21,15 +21,21 @@ from .options import CacheOptions
 SHAPES = ((1, 8192), (1, 32768), (8, 8192))  # sequences, context
 
 
-def time_of(call: Callable[[], mx.array], calls: int = 40, repeats: int = 7) -> float:
-    """Microseconds a call: median of batches of lazily queued calls, so that little but the device is seen."""
+def time_of(call: Callable[[], mx.array], calls: int = 40, repeats: int = 7) -> tuple[float, float]:
+    """Microseconds a call on the device, and to build in Python: medians of batches of lazily queued calls.
+
+    A batch is built before the device's clock starts: in generation mx.async_eval does both at once.
+    """
     mx.eval(call(), call())
-    times = []
+    building, running = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        mx.eval([call() for _ in range(calls)])
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times)
+        queued = [call() for _ in range(calls)]
+        built = time.perf_counter()
+        mx.eval(queued)
+        building.append((built - start) / calls * 1e6)
+        running.append((time.perf_counter() - built) / calls * 1e6)
+    return statistics.median(running), statistics.median(building)
 
 
 def _or_none(measure: Callable[[], float]) -> float | None:
@@ -43,7 +49,8 @@ def _or_none(measure: Callable[[], float]) -> float | None:
 
 
 def measure(formats: list[str], shapes=SHAPES, q_heads: int = 32, kv_heads: int = 8, head_dim: int = 128) -> Iterator[dict]:
-    """Rows of name, sequences, context, us (attention alone) and step_us (storing a token and attention).
+    """Rows of name, sequences, context, us (attention alone), build_us (building that call) and step_us (storing a
+    token and attention).
 
     us of codes is without exact tokens; step_us goes through the caches as they are by default.
     Raises ValueError where MLX has no GPU.
@@ -63,7 +70,7 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
         def call():
             return attention(*cache.update_and_fetch(key, value))
 
-        return time_of(call, calls=20)
+        return time_of(call, calls=20)[0]
 
     keys, values, query = draw(kv_heads, context), draw(kv_heads, context), draw(q_heads, 1)
     key, value = draw(kv_heads, 1), draw(kv_heads, 1)
@@ -72,13 +79,16 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
     sdpa = lambda k, v: mx.fast.scaled_dot_product_attention(query, k, v, scale=scale, mask=None)
     cache = KVCache()
     cache.update_and_fetch(keys, values)
-    yield {"name": "mx.fast SDPA float16", "us": time_of(lambda: sdpa(keys, values)), "step_us": step(cache, sdpa)}
+    us, build_us = time_of(lambda: sdpa(keys, values))
+    yield {"name": "mx.fast SDPA float16", "us": us, "build_us": build_us, "step_us": step(cache, sdpa)}
 
     affine = lambda k, v: quantized_scaled_dot_product_attention(query, k, v, scale=scale, mask=None, group_size=64, bits=4)
     cache = cache.to_quantized(64, 4)
     coded = mx.quantize(keys, 64, 4), mx.quantize(values, 64, 4)
     mx.eval(coded)
-    yield {"name": "mlx-lm 4-bit affine", "us": time_of(lambda: affine(*coded)), "step_us": _or_none(lambda: step(cache, affine))}
+    us, build_us = time_of(lambda: affine(*coded))
+    through = _or_none(lambda: step(cache, affine))
+    yield {"name": "mlx-lm 4-bit affine", "us": us, "build_us": build_us, "step_us": through}
 
     for fmt in (KVFormat.from_name(name, head_dim) for name in formats):
         cache = CompressedKVCache(CacheOptions(fmt.bits_k, fmt.bits_v))
@@ -86,6 +96,7 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
             cache.update_and_fetch(keys[:, :, start : start + 4096], values[:, :, start : start + 4096])
             mx.eval(cache.state)
         slots, rows = cache.columns[0], mx.array([[0] * sequences, [context] * sequences], mx.int32)
-        us = time_of(functools.partial(decode_attention, query, slots, context, fmt, rows, scale=scale))
+        us, build_us = time_of(functools.partial(decode_attention, query, slots, context, fmt, rows, scale=scale))
         through = step(cache, lambda k, v: attend(query, k, v, scale, None))
-        yield {"name": fmt.name, "us": us, "step_us": through, "bytes": sequences * context * kv_heads * fmt.slot_bytes}
+        size = sequences * context * kv_heads * fmt.slot_bytes
+        yield {"name": fmt.name, "us": us, "build_us": build_us, "step_us": through, "bytes": size}

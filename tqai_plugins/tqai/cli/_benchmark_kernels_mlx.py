@@ -48,7 +48,7 @@ def show(data: dict) -> None:
     from rich.table import Table
 
     table = Table(
-        "sequences x context", "cache", "attention, us", "x SDPA", "token stored and attended, us", "x SDPA",
+        "sequences x context", "cache", "attention, us", "x SDPA", "token stored and attended, us", "x SDPA", "building the call, us",
         title=f"{data['device']} ({data['backend']}), mlx {data['mlx']}; {data['q_heads']} query heads, "
         f"{data['kv_heads']} KV heads, head_dim {data['head_dim']}",
     )  # fmt: skip
@@ -58,5 +58,8 @@ def show(data: dict) -> None:
         table.add_row(
             f"{r['sequences']} x {r['context']}", r["name"], f"{r['us']:.0f}", f"{base['us'] / r['us']:.2f}",
             *((f"{r['step_us']:.0f}", f"{base['step_us'] / r['step_us']:.2f}") if r["step_us"] else ("-", "-")),
+            f"{r['build_us']:.0f}",
         )  # fmt: skip
-    Console(width=120).print(table)
+    console = Console(width=120)
+    console.print(table)
+    console.print("Times of the device; building a call in Python goes on beside it in generation.")
