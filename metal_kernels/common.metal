@@ -61,31 +61,34 @@ template <int LANES> TQAI_FN float group_max(float x) {
 // Bit of coordinate i (0 to 15) in the sign word of its pair of chunks, for the second chunk of the pair.
 TQAI_FN int sign_bit(int i) { return 8 * (i >> 2) + (i & 1) + 2 * (i & 2); }
 
-// A lane's share of the table of levels, of which every lane needs any: see simd_table in the preludes.
-template <int BITS> TQAI_FN int table_place(int lane) { return BITS == 8 ? 0 : lane % (1 << BITS); }
-
-// The levels of chunk c of the vector whose packed codes begin at `words`. All lanes of a simdgroup come here
-// at once: `table` is tables[table_place] of each, and a look-up is a shuffle, whose index counts modulo the table.
+// The words that hold the PER codes of a lane, as they lie in memory: asked for long before they are unpacked, by
+// all lanes of a simdgroup at once: see Levels in the preludes.
+template <int BITS, int PER> struct Share {
+    static constexpr int WORDS = BITS == 3 ? 2 : (PER * BITS + 31) / 32;
+};
 template <int BITS, int PER, int D, typename Words>
-TQAI_FN void levels(Words words, float table, int c, thread float (&out)[PER]) {
+TQAI_FN void fetch(Words words, int c, thread uint (&share)[Share<BITS, PER>::WORDS]) {
+    const int sixteen = c * PER / 16;
+    if (BITS == 8 || BITS == 4) {
+        UNROLL for (int w = 0; w < Share<BITS, PER>::WORDS; w++) share[w] = words[Share<BITS, PER>::WORDS * c + w];
+    } else {
+        share[0] = words[sixteen];
+        if (BITS == 3) share[Share<BITS, PER>::WORDS - 1] = words[2 * Packed<D, BITS>::PAIRS + (sixteen >> 1)];
+    }
+}
+template <int BITS, int PER>
+TQAI_FN void unpack(thread const uint (&share)[Share<BITS, PER>::WORDS], Levels levels, int c, thread float (&out)[PER]) {
     const int sixteen = c * PER / 16, half_of_it = PER == 16 ? 0 : 16 * (c & 1);
     if (BITS == 8) {
-        UNROLL for (int w = 0; w < PER / 4; w++) {
-            const uint word = words[PER / 4 * c + w];
-            UNROLL for (int i = 0; i < 4; i++) out[4 * w + i] = float(int(word << (24 - 8 * i)) >> 24) + 0.5f;
-        }
+        UNROLL for (int i = 0; i < PER; i++) out[i] = float(int(share[i / 4] << (24 - 8 * (i & 3))) >> 24) + 0.5f;
     } else if (BITS == 4) {
-        UNROLL for (int w = 0; w < PER / 8; w++) {
-            const uint word = words[PER / 8 * c + w];
-            UNROLL for (int i = 0; i < 8; i++) out[8 * w + i] = simd_table(table, word >> (4 * i));
-        }
+        UNROLL for (int i = 0; i < PER; i += 8) eight<BITS>(levels, share[i / 8], out + i);
     } else if (BITS == 3) {
-        const uint low = words[sixteen] >> half_of_it;
-        const uint signs = words[2 * Packed<D, BITS>::PAIRS + (sixteen >> 1)] >> ((sixteen & 1 ? 0 : 2) + half_of_it);
-        UNROLL for (int i = 0; i < PER; i++) out[i] = simd_table(table, (low >> (2 * i) & 3u) | (signs >> sign_bit(i) & 1u) << 2);
+        const uint low = share[0] >> half_of_it;
+        const uint signs = share[Share<BITS, PER>::WORDS - 1] >> ((sixteen & 1 ? 0 : 2) + half_of_it);
+        UNROLL for (int i = 0; i < PER; i++) out[i] = one(levels, (low >> (2 * i) & 3u) | (signs >> sign_bit(i) & 1u) << 2);
     } else {
-        const uint word = words[sixteen] >> half_of_it;
-        UNROLL for (int i = 0; i < PER; i++) out[i] = simd_table(table, word >> (2 * i));
+        UNROLL for (int i = 0; i < PER; i += 8) eight<BITS>(levels, share[0] >> (half_of_it + 2 * i), out + i);
     }
 }
 

@@ -40,4 +40,38 @@ template <class T> TQAI_FN T max(T a, T b) { return a > b ? a : b; }
 template <class T> TQAI_FN T min(T a, T b) { return a < b ? a : b; }
 template <class T> TQAI_FN T clamp(T v, T low, T high) { return min(max(v, low), high); }
 }
+TQAI_FN uint pick(uint first, uint second, uint places) {
+    uint bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "r"(places));
+    return bytes;
+}
+// Levels by their codes: a lane keeps one, and a look-up is a shuffle, whose index counts modulo the table. For two bits
+// an instruction that picks bytes finds four at once, which shuffles are too scarce for. A level fits into the upper
+// half of a float: its two bytes come from two tables, and the lower half repeats the sign, so that the table holds a
+// negative level's bits less one.
+struct Levels {
+    float mine;
+    uint high, low;
+};
+template <int BITS, typename Numbers> TQAI_FN Levels kept(Numbers table, int lane) {
+    Levels levels = {table[lane % (1 << BITS) % 16], 0, 0};
+    UNROLL for (int code = 0; code < 4; code++) {
+        const uint bits = as_type<uint>(table[code]) - (table[code] < 0.0f);
+        levels.high |= (bits >> 24) << (8 * code);
+        levels.low |= (bits >> 16 & 255u) << (8 * code);
+    }
+    return levels;
+}
+TQAI_FN float one(Levels levels, uint code) { return simd_table(levels.mine, code); }
+template <int BITS> TQAI_FN void eight(Levels levels, uint codes, float* out) {
+    if (BITS == 2) {
+        UNROLL for (int odd = 0; odd < 2; odd++) {
+            const uint places = codes >> (2 * odd) & 0x3333u;
+            const uint high = pick(levels.high, 0, places), low = pick(levels.low, 0, places);
+            UNROLL for (int i = 0; i < 4; i++) out[2 * i + odd] = as_type<float>(pick(low, high, 0x40cc + 0x1111 * i));
+        }
+    } else {
+        UNROLL for (int i = 0; i < 8; i++) out[i] = one(levels, codes >> (BITS * i));
+    }
+}
 #define thread

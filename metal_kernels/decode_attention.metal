@@ -93,23 +93,36 @@
         }
     } else {
         const device uint* row = slots + (size_t(b) * heads + kv_head) * sizes[2] * WORDS;
-        const float key_level = tables[1 + D + table_place<BK>(lane)], value_level = tables[17 + D + table_place<BV>(lane)];
-        const int part = mine ? chunk : 0;  // idle lanes' queries are zero
-        for (int step = begin + sg * GROUPS * U; step < end; step += SG * GROUPS * U) {
-            const uint scales = row[size_t(metal::min(step + place[0], end - 1)) * WORDS + KW + VW];
+        const int part = mine ? chunk : 0, last = metal::max(end - 1, 0);  // idle lanes' queries are zero
+        const Levels key_levels = kept<BK>(tables + 1 + D, lane), value_levels = kept<BV>(tables + 17 + D, lane);
+        int step = begin + sg * GROUPS * U;
+        uint key[U][Share<BK, PER>::WORDS], value[U][Share<BV, PER>::WORDS];
+        uint scales = row[size_t(metal::min(step + place[0], last)) * WORDS + KW + VW];
+        UNROLL for (int u = 0; u < U; u++) {
+            const device uint* slot = row + size_t(metal::min(step + place[u], last)) * WORDS;
+            fetch<BK, PER, D>(slot, part, key[u]);
+            fetch<BV, PER, D>(slot + KW, part, value[u]);
+        }
+        while (step < end) {  // the words of the next step are asked for as soon as this one's are unpacked
+            const int now = step + place[0];
+            step += SG * GROUPS * U;
+            const float of_key = key_scale(scales), of_value = value_scale(scales);
+            scales = row[size_t(metal::min(step + place[0], last)) * WORDS + KW + VW];
             float score[G][U], level[PER];
             UNROLL for (int u = 0; u < U; u++) {
-                levels<BK, PER, D>(row + size_t(metal::min(step + place[u], end - 1)) * WORDS, key_level, part, level);
+                unpack<BK, PER>(key[u], key_levels, part, level);
+                fetch<BK, PER, D>(row + size_t(metal::min(step + place[u], last)) * WORDS, part, key[u]);
                 dots<G, U, PER>(query, level, u, score);
             }
-            float found = own_score<G, U, LANES>(score) * key_scale(scales);
+            float found = own_score<G, U, LANES>(score) * of_key;
             if (BIAS) {
                 const size_t head = (size_t(b) * heads + kv_head) * GROUP + metal::min(first_head + own_head, GROUP - 1);
-                found += bias[head * sizes[0] + metal::min(step + place[0], end - 1) - start];
+                found += bias[head * sizes[0] + metal::min(now, last) - start];
             }
-            const float weight = weigh<G, U, PER>(step + place[0] < end ? found : -3e38f, top, total, sum) * value_scale(scales);
+            const float weight = weigh<G, U, PER>(now < end ? found : -3e38f, top, total, sum) * of_value;
             UNROLL for (int u = 0; u < U; u++) {
-                levels<BV, PER, D>(row + size_t(metal::min(step + place[u], end - 1)) * WORDS + KW, value_level, part, level);
+                unpack<BV, PER>(value[u], value_levels, part, level);
+                fetch<BV, PER, D>(row + size_t(metal::min(step + place[u], last)) * WORDS + KW, part, value[u]);
                 add<G, PER>(weight, level, u, sum);
             }
         }

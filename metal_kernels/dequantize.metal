@@ -11,10 +11,15 @@
     const device uint* slot = slots + (size_t(row) * sizes[1] + metal::min(token, sizes[0] - 1)) * WORDS;
     const size_t at = (size_t(row) * sizes[0] + token) * D + 16 * chunk;
     const uint scales = slot[KW + VW];
+    const int part = mine ? chunk : 0;
+    uint key[Share<BK, 16>::WORDS], value[Share<BV, 16>::WORDS];
+    fetch<BK, 16, D>(slot, part, key);
+    fetch<BV, 16, D>(slot + KW, part, value);
+    const Levels key_levels = kept<BK>(tables, lane), value_levels = kept<BV>(tables + 16, lane);
     float level[16];
-    levels<BK, 16, D>(slot, tables[table_place<BK>(lane)], mine ? chunk : 0, level);
+    unpack<BK, 16>(key, key_levels, part, level);
     if (mine)
         UNROLL for (int i = 0; i < 16; i++) keys[at + i] = T(level[i] * key_scale(scales));
-    levels<BV, 16, D>(slot + KW, tables[16 + table_place<BV>(lane)], mine ? chunk : 0, level);
+    unpack<BV, 16>(value, value_levels, part, level);
     if (mine)
         UNROLL for (int i = 0; i < 16; i++) values[at + i] = T(level[i] * value_scale(scales));

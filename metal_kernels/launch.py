@@ -17,6 +17,13 @@ METAL_PRELUDE = """#define TQAI_FN inline
 #define UNROLL _Pragma("unroll")
 // The value of lane `index` modulo 32.
 TQAI_FN float simd_table(float v, uint index) { return metal::simd_shuffle(v, ushort(index & 31u)); }
+// Levels by their codes: a lane keeps one, and a look-up is a shuffle, whose index counts modulo the table.
+typedef float Levels;
+template <int BITS, typename Numbers> TQAI_FN Levels kept(Numbers table, int lane) { return table[lane % (1 << BITS) % 16]; }
+TQAI_FN float one(Levels levels, uint code) { return simd_table(levels, code); }
+template <int BITS> TQAI_FN void eight(Levels levels, uint codes, thread float* out) {
+    UNROLL for (int i = 0; i < 8; i++) out[i] = one(levels, codes >> (BITS * i));
+}
 """
 CUDA_TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 

@@ -160,9 +160,9 @@ def test_a_missing_barrier_is_caught(monkeypatch, kernel, edit):
 
 
 def divergent(text: str) -> str:
-    reduction = "float found = own_score<G, U, LANES>(score) * key_scale(scales);"
+    reduction = "float found = own_score<G, U, LANES>(score) * of_key;"
     assert reduction in text
-    return text.replace(reduction, "float found = 0.0f; if (lane < 7) found = own_score<G, U, LANES>(score) * key_scale(scales);")
+    return text.replace(reduction, "float found = 0.0f; if (lane < 7) found = own_score<G, U, LANES>(score) * of_key;")
 
 
 def half_a_barrier(text: str) -> str:
