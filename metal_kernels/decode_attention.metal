@@ -38,6 +38,20 @@
         end = metal::min(begin + share, metal::min(near, sizes[0]));
     }
 
+    // The first codes are asked for before all else (for nothing by the threadgroup of exact tokens).
+    const int own_head = chunk % G, own_token = chunk / G % U;
+    const int part = mine ? chunk : 0, last = metal::max(end - 1, 0);  // idle lanes' queries are zero
+    int place[U], step = begin + sg * GROUPS * U;  // of the tokens in this lane's slots
+    UNROLL for (int u = 0; u < U; u++) place[u] = (u ^ own_token) * GROUPS + lane / LANES;
+    const device uint* row = slots + (size_t(b) * heads + kv_head) * sizes[2] * WORDS;
+    uint key[U][Share<BK, PER>::WORDS], value[U][Share<BV, PER>::WORDS];
+    uint scales = row[size_t(metal::min(step + place[0], last)) * WORDS + KW + VW];
+    UNROLL for (int u = 0; u < U; u++) {
+        const device uint* slot = row + size_t(metal::min(step + place[u], last)) * WORDS;
+        fetch<BK, PER, D>(slot, part, key[u]);
+        fetch<BV, PER, D>(slot + KW, part, value[u]);
+    }
+
     float query[G][PER], sum[G][PER], top = -1e30f, total = 0.0f;
     UNROLL for (int g = 0; g < G; g++) {
         const bool real = mine && first_head + g < GROUP;
@@ -49,7 +63,6 @@
             sum[g][i] = 0.0f;
         }
     }
-    const int own_head = chunk % G, own_token = chunk / G % U;
     UNROLL for (int stride = 1; stride < G; stride <<= 1)  // head g to slot g ^ own_head
         UNROLL for (int g = 0; g < G; g++)
             if (!(g & stride))
@@ -58,13 +71,11 @@
                     query[g][i] = own_head & stride ? b : a;
                     query[g + stride][i] = own_head & stride ? a : b;
                 }
-    int place[U];  // of the tokens in this lane's slots
-    UNROLL for (int u = 0; u < U; u++) place[u] = (u ^ own_token) * GROUPS + lane / LANES;
 
     if (exact) {
         const int sink_count = sink_end - sink_begin;
         const size_t key_row = size_t(b) * 2 * heads + kv_head, value_row = key_row + heads;
-        for (int step = begin + sg * GROUPS * U; step < end; step += SG * GROUPS * U) {
+        for (; step < end; step += SG * GROUPS * U) {
             float score[G][U], number[PER];
             UNROLL for (int i = 0; i < PER; i++) number[i] = 0.0f;
             size_t at[U];
@@ -92,17 +103,7 @@
             }
         }
     } else {
-        const device uint* row = slots + (size_t(b) * heads + kv_head) * sizes[2] * WORDS;
-        const int part = mine ? chunk : 0, last = metal::max(end - 1, 0);  // idle lanes' queries are zero
         const Levels key_levels = kept<BK>(tables + 1 + D, lane), value_levels = kept<BV>(tables + 17 + D, lane);
-        int step = begin + sg * GROUPS * U;
-        uint key[U][Share<BK, PER>::WORDS], value[U][Share<BV, PER>::WORDS];
-        uint scales = row[size_t(metal::min(step + place[0], last)) * WORDS + KW + VW];
-        UNROLL for (int u = 0; u < U; u++) {
-            const device uint* slot = row + size_t(metal::min(step + place[u], last)) * WORDS;
-            fetch<BK, PER, D>(slot, part, key[u]);
-            fetch<BV, PER, D>(slot + KW, part, value[u]);
-        }
         while (step < end) {  // the words of the next step are asked for as soon as this one's are unpacked
             const int now = step + place[0];
             step += SG * GROUPS * U;
