@@ -28,6 +28,7 @@ from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
 from tqai_plugins.triton_kernels.workspace import Workspace
 
 from . import canary, compat, key_mean, metrics, prefill, presets, recent_memory
+from .decode_canary import DecodeCanary, Left
 
 # The logger's name must lie under vLLM's for its handlers to print it.
 logger = init_logger("vllm.tqai")
@@ -138,6 +139,7 @@ class Builder(TurboQuantMetadataBuilder):
         impls = {layers[name].impl.shape: layers[name].impl for name in layer_names}
         for impl in impls.values():
             impl.compile(self.page_tokens, vllm_config.model_config.dtype, self.recent)
+        self.canary = DecodeCanary(vllm_config, {name: layers[name].impl for name in layer_names}, self.page_tokens, device)
 
     def _compile_claim(self, max_sequences: int, device) -> None:
         slots = torch.full((1,), -1, device=device)
@@ -149,6 +151,7 @@ class Builder(TurboQuantMetadataBuilder):
         if not self.ours:
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
         common = common_attn_metadata
+        self.canary.look()
         if self.recent is not None:
             claim(
                 self.recent, common.slot_mapping, common.query_start_loc, common.seq_lens, common.block_table_tensor,
@@ -156,7 +159,9 @@ class Builder(TurboQuantMetadataBuilder):
             )
         if common.seq_lens_cpu_upper_bound is not None:
             self.meter.step(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, self.slower)
-        return self._metadata(common, self.recent)
+        meta = self._metadata(common, self.recent)
+        self.canary.plan(meta)
+        return meta
 
     def build_for_cudagraph_capture(self, common_attn_metadata):
         """What is captured reads the same tensors; its dummy requests claim nothing."""
@@ -229,6 +234,7 @@ class Impl(TurboQuantAttentionImpl):
         self.fa_version = get_flash_attn_version(head_size=head_size)
         self.config = get_current_vllm_config()
         self.canary = canary.Canary(self.config)
+        self.left: Left | None = None  # of a row of decoding, for a check
         self.ptx = uses_ptx(torch.device("cuda", torch.cuda.current_device()))
         self.recent_pages = self.key_mean = None
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
@@ -347,13 +353,15 @@ class Impl(TurboQuantAttentionImpl):
                 self.fmt, page_tokens, query_len=meta.query_len, soft_cap=self.soft_cap, recent=recent,
                 mean=owner.key_mean, sliding_window=self.window, sinks=self.sinks,
             )
+            if self.left is not None:
+                self.left.take(query[:decode_tokens], key[:decode_tokens], value[:decode_tokens], out[:decode_tokens], pages)
         if meta.prefill is not None:
             prefill.attend(
                 query[rows], *chunk, pages, page_tokens, owner.recent_pages, meta.prefill, self.fmt,
                 out[rows], softmax_scale=self.scale, fa_version=self.fa_version, sliding_window=self.window,
                 soft_cap=self.soft_cap, sinks=self.sinks, mean=owner.key_mean,
             )
-            # Never in a CUDA graph, nor where a step of decoding would wait for it: such steps have no prefill.
+            # Never in a CUDA graph, which has no prefill; of decoding see decode_canary.py.
             if self.kv_sharing_target_layer_name is None and self.canary.due():
                 canary.check(
                     self, layer.layer_name, canary.NewTokens.of_prefill(meta.prefill), query[rows], key[rows], value[rows], out[rows], pages,

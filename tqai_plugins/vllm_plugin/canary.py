@@ -1,4 +1,5 @@
-"""A canary: --additional-config '{"tqai": {"canary": 10000}}' has about one step in 10,000 of each layer checked as it is served.
+"""A canary: --additional-config '{"tqai": {"canary": 10000}}' has about one step in 10,000 of each layer checked as it is served
+(of steps that CUDA graphs replay: decode_canary.py).
 
 Of one new token it compares what lies on the page with the key and value that were to be stored, and what attention
 returned with a plain form in float64 over what can be read. Errors go to /metrics; one beyond its bound to the log, once.
