@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU bu
 from tqai import models
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm_server import ENV
@@ -109,6 +110,12 @@ def test_a_version_outside_the_range_is_refused_unless_overridden(monkeypatch):
     assert compat.why_unsupported() is None
 
 
+def test_versions_that_serve_on_a_gpu_only_say_so_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.27.1")
+    refusal = "tqai supports vLLM 0.28 to 0.33 on a CPU, this is 0.27.1; install a supported release"
+    assert (compat.why_unsupported() or "").startswith(refusal) is current_platform.is_cpu()
+
+
 IN_A_NEW_PROCESS = """
 import sys, vllm
 vllm.__version__ = sys.argv[1]
@@ -123,7 +130,7 @@ for name in ("fp8", "tqai"):
 @pytest.mark.parametrize(
     "version, plugins, said",
     [
-        ("0.40.1", "tqai", "tqai supports vLLM 0.26 to 0.33, this is 0.40.1; "),
+        ("0.40.1", "tqai", "this is 0.40.1; install a supported release"),
         ("0.32.0", "another", "invalid choice: 'tqai'"),  # none of our code runs; `tqai doctor` explains it
     ],
     ids=["unsupported", "left-out"],

@@ -16,21 +16,24 @@ from tqai_plugins.core.kv_format import SERVED_NAMES, KVFormat, is_tqai, parse_n
 from .options import Options
 
 OLDEST, NEWEST = (0, 26), (0, 33)
+OLDEST_ON_CPU = (0, 28)  # before, only the GPU's runner asks a backend for the shape of its pages
 OVERRIDE = "TQAI_VLLM_ANY_VERSION"
 
 
 def why_unsupported() -> str | None:
     """Why this vLLM is not served, None if it is."""
     import vllm
+    from vllm.platforms import current_platform
 
     try:
         found = tuple(int(part) for part in vllm.__version__.split("+")[0].split(".")[:2])
     except ValueError:
         found = (0, 0)
-    if OLDEST <= found <= NEWEST or os.environ.get(OVERRIDE) == "1":
+    oldest, where = (OLDEST_ON_CPU, " on a CPU") if current_platform.is_cpu() else (OLDEST, "")
+    if oldest <= found <= NEWEST or os.environ.get(OVERRIDE) == "1":
         return None
     return (
-        f"tqai supports vLLM {OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}, this is {vllm.__version__}; "
+        f"tqai supports vLLM {oldest[0]}.{oldest[1]} to {NEWEST[0]}.{NEWEST[1]}{where}, this is {vllm.__version__}; "
         f"install a supported release, use another KV cache dtype, or set {OVERRIDE}=1 to try"
     )
 
