@@ -4,6 +4,7 @@ import contextlib
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ pytest.importorskip("mlx_lm")
 
 import mlx_models
 from mlx_lm.models.cache import load_prompt_cache
-from test_mlx_server import CHATS, ENV, Server, together
+from test_mlx_server import CHATS, ENV, Server, serving, together
 
 from tqai_plugins.mlx_lm_plugin.patching import register
 
@@ -115,3 +116,15 @@ def test_a_hundred_clients_that_leave(tmp_path):
         assert server.ask(CHATS[2])[0] == expected
     finally:
         server.stop()
+
+
+def test_clients_wait_while_the_server_is_busy(tmp_path):
+    """It is stopped, so that it accepts no connection; the system holds them until it goes on."""
+    with serving(tmp_path) as server, contextlib.ExitStack() as open_ones:
+        server.process.send_signal(signal.SIGSTOP)
+        clients = [socket.create_connection(("127.0.0.1", server.port), timeout=5) for _ in range(64)]
+        for client in clients:
+            open_ones.enter_context(client)
+            client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        server.process.send_signal(signal.SIGCONT)
+        assert [client.recv(12) for client in clients] == [b"HTTP/1.0 200"] * 64

@@ -16,6 +16,7 @@ from ..core import converted_folder, key_mean_file
 from ..core.kv_format import parse_name
 from ..core.preset import Preset
 
+WAITING = 128  # connections that may wait to be served
 REPLACED = ("--kv-bits", "--kv-group-size", "--quantized-kv-start")  # mlx-lm's own quantized cache
 
 
@@ -100,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
 
     server.load = with_caches(server.load, options, refused)
     server.sharded_load = with_caches(server.sharded_load, options, refused)
+    # Python lets five wait: with more clients than that some lose their request to a busy server.
+    server.ThreadingHTTPServer.request_queue_size = WAITING
     sys.argv = ["mlx_lm.server", *rest]
     server.main()
 
