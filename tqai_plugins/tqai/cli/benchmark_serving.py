@@ -10,8 +10,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from tqai_plugins.core.kv_format import is_tqai, parse_name
+from tqai_plugins.vllm_plugin.options import Options
 
 DTYPES = "auto,fp8,turboquant_4bit_nc,tqai_k4v4,tqai"
 SHAPES = "8x512,1x32768,32x8192"
@@ -32,7 +34,9 @@ def add_parser(subparsers):
 
     parser = subparsers.add_parser("serving", help="vLLM's engine with each cache dtype on this GPU")
     parser.add_argument("--model", help="a model folder; without it, random weights in Llama-3.1-8B's shape")
-    parser.add_argument("--dtypes", default=DTYPES, help=f"values of --kv-cache-dtype ({DTYPES})")
+    parser.add_argument(
+        "--dtypes", default=DTYPES, help=f"values of --kv-cache-dtype, of ours with optional :name=value, as in tqai:canary=10000 ({DTYPES})"
+    )
     parser.add_argument("--shapes", default=SHAPES, help=f"requests x prompt tokens ({SHAPES})")
     parser.add_argument("--full", type=int, default=8192, help="prompt tokens of the run that fills memory; 0 for none")
     parser.add_argument("--max-requests", type=int, default=256, help="most requests of that run")
@@ -47,9 +51,8 @@ def run(args) -> int:
     from . import _parse, emit, keep
 
     shapes = _parse.shapes(args.shapes) if args.shapes else []
-    for dtype in args.dtypes.split(","):
-        if is_tqai(dtype):
-            parse_name(dtype)
+    for word in args.dtypes.split(","):
+        _dtype_and_options(word)
     if importlib.util.find_spec("vllm") is None:
         raise ImportError("benchmark serving needs vLLM; install it with: pip install 'tqai[vllm]'")
     head = {"gpus": args.tensor_parallel_size, "date": datetime.date.today().isoformat(), "model": args.model or "random Llama-3.1-8B"}
@@ -66,6 +69,20 @@ def run(args) -> int:
     if args.plot:
         plot(data, args.plot)
     return 0 if all("why" not in row for row in rows) else 1
+
+
+def _dtype_and_options(word: str) -> tuple[str, dict]:
+    """The KV cache dtype and what --additional-config says to tqai; ValueError for what is not known."""
+    dtype, *given = word.split(":")
+    if not is_tqai(dtype):
+        return word, {}
+    parse_name(dtype)
+    try:
+        options = {name: json.loads(value) for name, value in (option.split("=") for option in given)}
+    except ValueError:
+        raise ValueError(f"--dtypes has {word!r}; expected options as in {dtype}:canary=10000") from None
+    Options.of(SimpleNamespace(additional_config={"tqai": options}))
+    return dtype, options
 
 
 def _random_llama(folder: Path) -> str:
@@ -94,13 +111,14 @@ def measure(order: dict) -> None:
     import torch
     import vllm
 
+    dtype, options = _dtype_and_options(order["dtype"])
     shapes = [tuple(shape) for shape in order["shapes"]]
     longest = max([order["full"], *(tokens for _, tokens in shapes)])
     batches = [batch for batch, _ in shapes]
     start = time.perf_counter()
     llm = vllm.LLM(
         model=order["model"], load_format="auto" if order["weights"] else "dummy", skip_tokenizer_init=True,
-        kv_cache_dtype=order["dtype"], max_model_len=longest + 512, gpu_memory_utilization=order["memory"],
+        kv_cache_dtype=dtype, additional_config={"tqai": options} if options else {}, max_model_len=longest + 512, gpu_memory_utilization=order["memory"],
         tensor_parallel_size=order["gpus"], max_num_batched_tokens=STEP_TOKENS, max_num_seqs=max(batches + [order["max_requests"]] * bool(order["full"])),
         enable_prefix_caching=False,
         compilation_config={  # no torch.compile: a minute less of starting, the same for every dtype
