@@ -1,6 +1,7 @@
 """Imports go core <- kernels <- runtime plugins <- tqai, and the wheel holds what it should."""
 
 import ast
+import graphlib
 import os
 import shutil
 import subprocess
@@ -30,15 +31,31 @@ def import_name(folder: str) -> str:
     return "tqai" if folder == "tqai" else f"tqai_plugins.{folder}"
 
 
-def imports(file: Path, package: list[str]):
-    """Every module that a file of `package` imports anywhere, by its full name; relative ones are resolved."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def imports(file: Path, package: list[str], anywhere: bool = True):
+    """Every module that a file of `package` imports, anywhere or at once, by its full name; relative ones are resolved."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if anywhere else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             stem = ".".join([*base, *([node.module] if node.module else [])])
             yield from (f"{stem}.{alias.name}" for alias in node.names)
+
+
+def cycle(root: Path) -> list[str]:
+    """Modules each of which imports the next one at once, and the last the first."""
+    graph = {}
+    for name, folder in package_folders(root).items():
+        for file in folder.rglob("*.py"):
+            package = [*import_name(name).split("."), *file.parent.relative_to(folder).parts]
+            graph[".".join([*package, file.stem])] = list(imports(file, package, anywhere=False))
+    known = {module: {x if x in graph else x.rpartition(".")[0] for x in found} & graph.keys() for module, found in graph.items()}
+    try:
+        graphlib.TopologicalSorter(known).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
 
 
 def violations(root: Path) -> list[str]:
@@ -68,6 +85,15 @@ def copy_sources(to: Path) -> Path:
 
 def test_imports_point_down():
     assert violations(ROOT) == []
+
+
+def test_modules_do_not_import_each_other(tmp_path):
+    """Else it depends on which comes first whether they can be imported."""
+    assert cycle(ROOT) == []
+    root = copy_sources(tmp_path)
+    with open(root / "tqai_plugins/core/bit_packing.py", "a") as file:
+        file.write("from .reference import encode\n")
+    assert {"tqai_plugins.core.bit_packing", "tqai_plugins.core.reference"} <= set(cycle(root))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..metal_kernels import codec, launch
 from ..metal_kernels.decode_attention import decode_attention
 from ..metal_kernels.dequantize import dequantize
-from . import key_means, masks
+from . import masks, mean_terms
 from .tokens import Operand, Tokens
 
 TILE_BYTES = 256 << 20  # of a layer's keys and values that are dequantized at once, or those of one head
@@ -28,7 +28,7 @@ def attend(queries: mx.array, keys: Operand, values: Operand, scale: float, mask
     if queries.shape[2] == 1 and launch.available():
         ours, sliding = masks.sliding_window(mask)
         if ours:
-            bias = None if tokens.mean is None else key_means.scores(tokens.mean, queries[:, :, 0], tokens.length, scale * math.log2(math.e))
+            bias = None if tokens.mean is None else mean_terms.scores(tokens.mean, queries[:, :, 0], tokens.length, scale * math.log2(math.e))
             return decode_attention(
                 queries, tokens.slots, tokens.length, tokens.fmt, tokens.rows, scale=scale, recent=tokens.recent,
                 ring=tokens.ring, sinks=tokens.sinks, first=max(tokens.length - sliding, 0) if sliding else 0, extra=sinks,
@@ -64,7 +64,7 @@ def _attend_to_heads(queries: mx.array, tokens: Tokens, some: slice, scale: floa
     whole = (some.start, some.stop) == (0, heads)
     parts = [dequantize(tokens.slots if whole else tokens.slots[:, some], tokens.length, tokens.fmt, dtype)]
     if tokens.mean is not None:
-        term = key_means.term(tokens.mean, tokens.rows[0], 0, tokens.length, rotated=True)[:, some]
+        term = mean_terms.term(tokens.mean, tokens.rows[0], 0, tokens.length, rotated=True)[:, some]
         parts = [((parts[0][0].astype(mx.float32) + term).astype(dtype), parts[0][1])]
     exact = [x for x in (tokens.sinks, _recent_in_order(tokens)) if x is not None]
     if exact:

@@ -14,7 +14,7 @@ from ..core.codebook import Codebook
 from ..core.kv_format import FORMAT_VERSION
 from ..metal_kernels import codec
 from ..metal_kernels.store import store
-from . import key_means, masks
+from . import masks, mean_terms
 from .key_mean import KeyMean
 from .options import CacheOptions
 from .tokens import Operand, Tokens
@@ -65,7 +65,7 @@ class _Compressed(_BaseCache):
         if mean is not None:
             if (mean.heads, mean.head_dim) != (keys.shape[1], keys.shape[3]):
                 raise ValueError(f"key_means are of {mean.heads} heads of {mean.head_dim} coordinates, not of keys of shape {keys.shape}")
-            term = key_means.term(mean, self._rows[0], before, new)
+            term = mean_terms.term(mean, self._rows[0], before, new)
             coded = (keys.astype(mx.float32) - term).astype(dtype)
         slots = store(coded, values, fmt)
         added = [slots]
