@@ -11,6 +11,7 @@ from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
 from .key_mean import mean_arguments, mean_term
+from .rotation import norms
 from .unpack import load_levels
 
 TILE = 64  # tokens a program
@@ -20,7 +21,7 @@ TILE = 64  # tokens a program
     do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["block_table", "starts", "ends", "out_starts"]
 )
 def _dequantize_kernel(
-    pages, block_table, starts, ends, out_starts, k_out, v_out, k_levels, v_levels, hadamard, norms,
+    pages, block_table, starts, ends, out_starts, k_out, v_out, k_levels, v_levels, hadamard,
     mean_table, mean_place, mean_coefficients,
     table_stride, page_stride, head_stride, k_stride, v_stride,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr,
@@ -44,7 +45,6 @@ def _dequantize_kernel(
     row = (tl.load(out_starts + sequence) + token - start).to(tl.int64)
     if not ROTATED:
         matrix = tl.load(hadamard + d[:, None] * DP + d[None, :])
-        norm = tl.load(norms + d)
     for part in tl.static_range(2):
         if part == 0:
             level = load_levels((page + in_page * K_BYTES)[:, None], d[None, :], 1, k_levels, inside, BITS_K, D)
@@ -55,8 +55,9 @@ def _dequantize_kernel(
             scale = tl.load((page + V_SCALES + 2 * in_page).to(tl.pointer_type(tl.float16)), mask=valid, other=0.0)
             out = v_out + row * v_stride
         value = level.to(tl.float32) + 0.5
-        if not ROTATED:  # half-integers below 128 and +-1 are exact in bfloat16
-            value = tl.dot(value.to(matrix.dtype), matrix, input_precision="ieee") * norm[None, :]
+        # Half-integers below 128 and +-1 are exact in bfloat16: for so many rows the matrix unit is faster than a butterfly.
+        if not ROTATED:
+            value = tl.dot(value.to(matrix.dtype), matrix, input_precision="ieee") * norms(D, DP)
         value = value * (scale.to(tl.float32) / SCALE_DENOMINATOR)[:, None]
         if MEAN and part == 0:
             heads = tl.zeros([TILE], tl.int32) + head
@@ -101,8 +102,7 @@ def dequantize(
     _dequantize_kernel[(num_sequences, pages.shape[1], triton.cdiv(max_tokens, TILE))](
         pages, block_table, starts, ends, out_starts, k_out, v_out,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
-        device_tables.signed_hadamard(head_dim, padded, matrix_dtype, device, back=True),
-        device_tables.norms(head_dim, padded, device),
+        device_tables.back_matrix(head_dim, padded, matrix_dtype, device),
         *mean_arguments(mean, pages)[:3],
         block_table.stride(0), pages.stride(0), pages.stride(1), k_out.stride(0), v_out.stride(0),
         head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes,

@@ -16,6 +16,7 @@ from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 from . import device_tables
 from .key_mean import mean_arguments, mean_term
 from .recent import RecentPages
+from .rotation import rotate
 from .unpack import sign_plane
 from .workspace import Workspace
 
@@ -30,9 +31,8 @@ class Tiling:
     warps: int
 
 
-# By the number of vectors from which each is the fastest, on an H100 (README.md). 16 rows are the smallest tile
-# of the matrix unit.
-TILINGS = {0: Tiling(16, len(SEARCH), 4), 256: Tiling(16, len(SEARCH) // 2, 4), 4096: Tiling(64, 1, 8)}
+# By the number of vectors from which each is taken: one for latency, one for throughput (README.md).
+TILINGS = {0: Tiling(8, len(SEARCH) // 2, 4), 4096: Tiling(16, 1, 4)}
 
 
 def choose_tiling(vectors: int) -> Tiling:
@@ -47,32 +47,12 @@ def _nearest(x):
 
 
 @triton.jit
-def _load_vectors(x_ptr, row_offsets, valid, D: tl.constexpr, DP: tl.constexpr):
-    d = tl.arange(0, DP)
-    inside = valid[:, None] & (d < D)[None, :]
-    return tl.load(x_ptr + row_offsets[:, None] + d[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _rotation(hadamard, norms, DP: tl.constexpr):
-    """To be asked for behind the vectors, which would wait until the matrix lies in shared memory."""
-    d = tl.arange(0, DP)
-    return tl.load(hadamard + d[:, None] * DP + d[None, :]), tl.load(norms + d)
-
-
-@triton.jit
 def _places(slot_ptr, token, inside, pages, head, page_stride, head_stride, PAGE: tl.constexpr):
     """Where vectors go: page, token in it, and whether they are to be stored; slots are page * PAGE + token, or -1."""
     slot = tl.load(slot_ptr + token, mask=inside, other=-1).to(tl.int64)
     valid = slot >= 0
     slot = tl.maximum(slot, 0)
     return pages + (slot // PAGE) * page_stride + head * head_stride, slot % PAGE, valid
-
-
-@triton.jit
-def _rotated(x, matrix, norm):
-    """float32 [ROWS, DP] rotated vectors. +1 and -1 are exact in any float, sums are float32."""
-    return tl.dot(x, matrix, input_precision="ieee") * norm[None, :]
 
 
 @triton.jit
@@ -212,7 +192,7 @@ def _store_vectors(
 @triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
-    planes_ptr, q_scale_ptr, q_bias_ptr, hadamard, norms, k_table, v_table,
+    planes_ptr, q_scale_ptr, q_bias_ptr, signs, k_table, v_table,
     position_ptr, mean_table, mean_place, mean_coefficients, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
     num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride,
     recent_page_stride, recent_head_stride, softmax_scale,
@@ -228,25 +208,54 @@ def _prepare_kernel(
     program = tl.program_id(0)
     r = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
-    query_programs = tl.cdiv(num_query_rows, ROWS)
     VECTORS: tl.constexpr = ROWS // COPIES
+    query_programs = tl.cdiv(num_query_rows, ROWS)
     kv_programs = tl.cdiv(num_kv_rows, VECTORS)
-    if program < query_programs:
-        query_row = (program * ROWS + r).to(tl.int64)
-        valid = query_row < num_query_rows
-        offsets = (query_row // NUM_Q_HEADS) * q_stride + (query_row % NUM_Q_HEADS) * D
-        x = _load_vectors(q_ptr, offsets, valid, D, DP)
-        matrix, norm = _rotation(hadamard, norms, DP)
-        if MEAN:  # what the query gives each column of the table; loaded early, since latency is what a decode step pays
-            c = tl.arange(0, COLUMNS)
-            of_head = (query_row % NUM_Q_HEADS) // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS)
-            of_head = mean_coefficients + of_head[:, None] + c[None, :]
-            w = tl.zeros([ROWS, COLUMNS], tl.float32)
+    is_query = program < query_programs
+    is_key = (program >= query_programs) & (program < query_programs + kv_programs)
+    copy = r % COPIES
+    if is_query:
+        row = program * ROWS + r
+        valid = row < num_query_rows
+        new = row < 0  # of these none is stored
+        token = row // NUM_Q_HEADS
+        head = row % NUM_Q_HEADS
+    else:
+        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // COPIES
+        valid = row < num_kv_rows
+        new = valid
+        token = row // NUM_KV_HEADS
+        head = row % NUM_KV_HEADS
+    vectors = tl.where(is_query, q_ptr, tl.where(is_key, k_ptr, v_ptr))
+    stride = tl.where(is_query, q_stride, tl.where(is_key, k_stride, v_stride))
+    vectors += token.to(tl.int64) * stride + head * D
+    # All that is not computed is asked for before any of it is used: latency is what a decode step pays.
+    x = tl.load(vectors[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    sign = tl.load(signs + d)
+    page, in_page, stored = _places(slot_ptr, token, new, pages_ptr, head, page_stride, head_stride, PAGE)
+    if RECENT:
+        twin_page, in_twin, twin = _places(
+            recent_slot_ptr, token, new, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
+        )
+        twin = twin & stored  # beyond the step's tokens recent slots are old
+    coded = x
+    if MEAN:
+        c = tl.arange(0, COLUMNS)
+        w = tl.zeros([ROWS, COLUMNS], tl.float32)  # what a query gives each column of the table
+        if is_query:
+            of_head = mean_coefficients + (head // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS))[:, None] + c[None, :]
             for side in tl.static_range(2):
                 at = tl.load(mean_coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))
-                part = tl.load(q_ptr + offsets[:, None] + at[None, :], mask=valid[:, None], other=0.0)
+                part = tl.load(vectors[:, None] + at[None, :], mask=valid[:, None], other=0.0)
                 w += part.to(tl.float32) * tl.load(of_head + side * COLUMNS)
-        y = _rotated(x, matrix, norm)
+        elif is_key:
+            position = tl.load(position_ptr + token, mask=valid, other=0)
+            inside = stored[:, None] & (d < D)[None, :]
+            mean = mean_term(mean_table, mean_place, mean_coefficients, position, head, inside, D, DP, COLUMNS)
+            coded = (x.to(tl.float32) - mean).to(x.dtype)
+    y = rotate(coded, sign, D, DP)
+    if is_query:
+        query_row = row.to(tl.int64)
         top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
         hi, lo = _in_planes(y, top)
         out = planes_ptr + (query_row * (2 * D))[:, None] + d[None, :]
@@ -264,48 +273,22 @@ def _prepare_kernel(
             tl.store(out + COLUMNS, lo, mask=valid[:, None])
             scale = top * (softmax_scale * SCALE_DENOMINATOR / (127.0 * 254.0))
             tl.store(mean_scale_ptr + query_row, scale, mask=valid)
-    else:
-        is_key = program < query_programs + kv_programs
-        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // COPIES
-        copy = r % COPIES
-        is_row = row < num_kv_rows
-        token = row // NUM_KV_HEADS
-        head = row % NUM_KV_HEADS
-        if is_key:
-            x = _load_vectors(k_ptr, token.to(tl.int64) * k_stride + head * D, is_row, D, DP)
-        else:
-            x = _load_vectors(v_ptr, token.to(tl.int64) * v_stride + head * D, is_row, D, DP)
-        matrix, norm = _rotation(hadamard, norms, DP)
-        page, in_page, valid = _places(slot_ptr, token, is_row, pages_ptr, head, page_stride, head_stride, PAGE)
+    elif is_key:
+        _store_vectors(y, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, stored, K_BYTES,
+                       D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
         if RECENT:
-            twin_page, in_twin, twin = _places(
-                recent_slot_ptr, token, is_row, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
-            )
-            twin = twin & valid  # beyond the step's tokens recent slots are old
-        if is_key:
-            coded = x
-            if MEAN:
-                position = tl.load(position_ptr + token, mask=is_row, other=0)
-                inside = valid[:, None] & (d < D)[None, :]
-                mean = mean_term(mean_table, mean_place, mean_coefficients, position, head, inside, D, DP, COLUMNS)
-                coded = (x.to(tl.float32) - mean).to(x.dtype)
-            y = _rotated(coded, matrix, norm)
-            _store_vectors(y, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, valid, K_BYTES,
-                           D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
-            if RECENT:
-                if tl.max(twin.to(tl.int32), 0) > 0:
-                    if MEAN:
-                        y = _rotated(x, matrix, norm)
-                    _store_vectors(y, copy, k_table, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
-                                   D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
-        else:
-            y = _rotated(x, matrix, norm)
-            _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, valid, V_BYTES,
-                           D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
-            if RECENT:
-                if tl.max(twin.to(tl.int32), 0) > 0:
-                    _store_vectors(y, copy, v_table, twin_page, in_twin, RECENT_V_CODES, RECENT_PAGE, 1, RECENT_V_SCALES,
-                                   twin, D, D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+            if tl.max(twin.to(tl.int32), 0) > 0:
+                if MEAN:
+                    y = rotate(x, sign, D, DP)
+                _store_vectors(y, copy, k_table, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
+                               D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+    else:
+        _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, stored, V_BYTES,
+                       D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+        if RECENT:
+            if tl.max(twin.to(tl.int32), 0) > 0:
+                _store_vectors(y, copy, v_table, twin_page, in_twin, RECENT_V_CODES, RECENT_PAGE, 1, RECENT_V_SCALES,
+                               twin, D, D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
 
 
 LOG2_E = 1.4426950408889634
@@ -353,8 +336,7 @@ def prepare(
     _prepare_kernel[(programs,)](
         q, key, value, pages, slot_mapping, copy.pages, copy.slots,
         workspace.planes, workspace.q_scale, workspace.q_bias,
-        device_tables.signed_hadamard(head_dim, padded, key.dtype, device),
-        device_tables.norms(head_dim, padded, device),
+        device_tables.signs(head_dim, padded, device),
         device_tables.encoder(head_dim, fmt.bits_k, device), device_tables.encoder(head_dim, fmt.bits_v, device),
         slot_mapping if positions is None else positions, *mean_arguments(mean, pages),
         workspace.mean_planes, workspace.mean_scale,

@@ -22,7 +22,7 @@ from tqai_plugins.torch_kernels.recent import RecentCopies
 from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
 from tqai_plugins.triton_kernels.dequantize import dequantize
-from tqai_plugins.triton_kernels.merge import MERGE_VARIANTS, merge
+from tqai_plugins.triton_kernels.merge import merge
 from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
 from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
 from tqai_plugins.triton_kernels.workspace import Workspace
@@ -251,7 +251,7 @@ class Impl(TurboQuantAttentionImpl):
     def use_format(self, name: str) -> None:
         """Before any page is made: another format than the run's."""
         self._set_format(name)
-        device_tables.make_all(self.fmt, self.config.model_config.dtype, self.workspace.planes.device)
+        device_tables.make_all(self.fmt, self.workspace.planes.device)
 
     def _set_format(self, name: str) -> None:
         self.kv_cache_dtype, self.fmt = name, KVFormat.from_name(name, self.head_size)
@@ -272,7 +272,7 @@ class Impl(TurboQuantAttentionImpl):
         presets.apply(self.config)
         metrics.announce(self.config, "Triton with byte permutes (PTX)" if self.ptx else "plain Triton")
         device = self.workspace.planes.device
-        device_tables.make_all(self.fmt, act_dtype, device)
+        device_tables.make_all(self.fmt, device)
         if self.sinks is not None:
             self.sinks = self.sinks.to(torch.float32)
         tokens = prefill.tile_tokens(self.num_kv_heads, self.head_size, act_dtype)
@@ -312,9 +312,7 @@ class Impl(TurboQuantAttentionImpl):
         if recent is not None:
             compile_dequantize(copies, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)
         out = torch.zeros(1, self.num_heads, self.head_size, dtype=dtype, device=device)
-        for splits in MERGE_VARIANTS:
-            if splits * self.num_heads <= self.workspace.lse.shape[0]:
-                merge(self.workspace.partial, self.workspace.lse, out, splits, sinks=self.sinks)
+        merge(self.workspace.partial, self.workspace.lse, out, 1, sinks=self.sinks)
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         raise RuntimeError("tqai stores in forward; this vLLM stores separately: please report its version")
