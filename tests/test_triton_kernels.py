@@ -6,6 +6,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+from tqai_plugins.triton_kernels import decode_attention as decode
 from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows
 from tqai_plugins.triton_kernels.dequantize import dequantize
@@ -55,7 +56,7 @@ class Step:
         ]
         self.slots = torch.cat(slots).to(DEVICE)
         heads = kv_heads * group
-        rows = max(16 * len(self.q) * heads, max_partial_rows(batch, heads, kv_heads, query_len, fmt, DEVICE))
+        rows = max(20 * len(self.q) * heads, max_partial_rows(batch, heads, kv_heads, query_len, fmt, DEVICE))
         self.workspace = Workspace.allocate(batch * query_len, kv_heads * group, d, rows, DEVICE)
         self.workspace.partial.fill_(torch.nan)
         self.workspace.lse.fill_(torch.nan)
@@ -307,6 +308,37 @@ def test_log_sum_exp_merges_with_other_attention():
     np.testing.assert_allclose(lse[0].cpu().numpy(), np.log(np.exp(scores).sum(-1)), rtol=1e-3)
 
 
+@pytest.mark.parametrize("bits, head_dim, group, query_len", [((4, 2), 64, 4, 1), ((3, 8), 80, 3, 2), ((4, 4), 128, 9, 1)])
+def test_splits_merge_to_the_same_here_and_in_a_launch_of_their_own(monkeypatch, bits, head_dim, group, query_len):
+    """One split, some, and more than there are tiles, with sinks and log-sum-exp; twice each in one workspace."""
+    step = Step(KVFormat(*bits, head_dim), 1, group, [150, 2], 64, query_len)
+    step.store()
+    sinks = torch.randn(group, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    expected = step.expected(sinks=sinks)
+    for splits in (1, 3, decode.MERGED_SPLITS + 1):
+        found = []
+        for merged in (0, decode.MERGED_SPLITS, decode.MERGED_SPLITS):
+            step.workspace.partial.fill_(torch.nan), step.workspace.lse.fill_(torch.nan)
+            lse = torch.full((len(step.q), group), torch.nan, device=DEVICE)
+            with monkeypatch.context() as patch:
+                patch.setattr(decode, "MERGED_SPLITS", merged)
+                found.append((step.attend(num_splits=splits, sinks=sinks, lse=lse), lse.cpu().numpy()))
+            assert_close(found[-1][0], expected)
+        for out, lse in found[1:]:
+            np.testing.assert_allclose(out, found[0][0], rtol=2e-3, atol=2e-5)
+            np.testing.assert_allclose(lse, found[0][1], rtol=1e-6)
+    assert not step.workspace.arrivals.any()
+
+
+@pytest.mark.parametrize("splits, launches", [(1, 0), (2, 0), (16, 0), (17, 1)])
+def test_few_splits_need_no_second_launch(monkeypatch, splits, launches):
+    step = Step(KVFormat(4, 2, 64), 1, 1, [5], 16)
+    step.store()
+    called = []
+    monkeypatch.setattr(decode, "merge", lambda *a, **k: called.append(a))
+    assert np.isfinite(step.attend(num_splits=splits)).all() == (not launches) and len(called) == launches
+
+
 def test_slot_minus_one_is_skipped():
     step = Step(KVFormat(4, 2, 64), 1, 1, [5], 16)
     before = step.pages.clone()
@@ -403,12 +435,13 @@ def test_a_million_tokens():
 
 
 @pytest.mark.cuda
-def test_graph_replay_with_changed_lengths():
+@pytest.mark.parametrize("splits", [1, 5, None])
+def test_graph_replay_with_changed_lengths(splits):
     step = Step(KVFormat(4, 2, 128), 2, 4, [300, 200], 64)
     step.store()
     lengths = torch.tensor(step.lengths, dtype=torch.int32, device=DEVICE)
     out = torch.empty_like(step.q)
-    run = lambda: decode_attention(step.workspace, step.pages, step.table, lengths, out, step.fmt, 64)
+    run = lambda: decode_attention(step.workspace, step.pages, step.table, lengths, out, step.fmt, 64, num_splits=splits)
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

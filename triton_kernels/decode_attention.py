@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over compressed pages: split over tokens, then merged.
+"""Attention of a few new tokens over compressed pages: split over tokens, then merged by whoever comes last.
 
 Design: codes become int8 levels in registers and both products run on the integer matrix unit.
 Queries and softmax weights are carried as two int8 planes, hi + lo / 254, in columns that the unit
@@ -19,7 +19,7 @@ from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SCALE_DENOMINATOR, K
 
 from . import device_tables
 from .key_mean import mean_arguments
-from .merge import merge
+from .merge import finish, merge
 from .recent import RecentPages
 from .unpack import (
     PLANES,
@@ -37,6 +37,7 @@ from .workspace import Workspace
 
 TILE = RECENT_PAGE_TOKENS  # tokens a step
 MAX_SPLITS = 128
+MERGED_SPLITS = 16  # up to so many are merged by the program that is done last, more by a launch of their own
 
 
 @dataclass(frozen=True)
@@ -235,13 +236,13 @@ def _load_codes(base, rows, row_stride, columns, column_stride, mask):
 
 
 @triton.jit(
-    do_not_specialize=["num_splits", "window", "table_stride"],
+    do_not_specialize=["num_splits", "merges", "window", "table_stride"],
     do_not_specialize_on_alignment=["block_table", "seq_lens"],
 )
 def _decode_kernel(
     planes, q_scale, q_bias, mean_planes, mean_scale, mean_table, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse,
-    k_levels, v_levels,
-    table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, window, soft_cap,
+    k_levels, v_levels, arrivals, out_ptr, sinks, lse_out, signs, out_stride,
+    table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, merges, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
@@ -249,7 +250,8 @@ def _decode_kernel(
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, RECENT: tl.constexpr,
     RECENT_V_CODES: tl.constexpr, RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
-    MEAN: tl.constexpr, COLUMNS: tl.constexpr,
+    MEAN: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr,
+    VALUE_UNIT: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
     TILES_OF_ROWS: tl.constexpr = (GROUP * QUERY_LEN + H - 1) // H
@@ -430,6 +432,20 @@ def _decode_kernel(
     log_total = tl.where(total == 0, -1e30, tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse + out_row, ref + log_total, mask=real)
 
+    if merges:
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        counter = arrivals + sequence * tl.num_programs(1) + tl.program_id(1)
+        late = 0
+        if num_splits > 1:
+            late = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") - (num_splits - 1)
+        if late >= 0:  # it is 0: this program is the last
+            tl.store(counter, 0)  # for the next launch
+            # The loop above sets the registers: few lanes at a time, and rows that, hanging on `late`, are not kept from before it.
+            r = first_row + late + tl.arange(0, H)
+            row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
+            finish(partial, lse, row.to(tl.int64), r < GROUP * QUERY_LEN, num_splits, out_ptr, out_stride, sinks, lse_out,
+                   signs, VALUE_UNIT, NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT)
+
 
 @functools.lru_cache(None)
 def _multiprocessors(device: torch.device) -> int:
@@ -486,7 +502,8 @@ def decode_attention(
     ptx: bool | None = None,
     tuned: Tuning | None = None,
 ) -> None:
-    """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. Two launches.
+    """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. One launch, with many
+    splits two.
 
     Queries lie in the workspace (see prepare), sequence by sequence. pages uint8 [num_pages, kv_heads,
     page_bytes]; block_table int32 [sequences, >= pages of the longest]; seq_lens int32 [sequences],
@@ -523,15 +540,19 @@ def decode_attention(
         mean_arguments(mean, pages)[0], pages, block_table, seq_lens,
         copy.pages, copy.table, workspace.partial, workspace.lse,
         device_tables.levels(head_dim, fmt.bits_k, device), device_tables.levels(head_dim, fmt.bits_v, device),
+        workspace.arrivals, output, workspace.lse if sinks is None else sinks, workspace.lse if lse is None else lse,
+        device_tables.signs(head_dim, padded, device), output.stride(0),
         block_table.stride(0), pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), splits,
-        sliding_window or 0, soft_cap or 0.0,
+        int(splits <= MERGED_SPLITS), sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
         fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
         *_tile_bytes(fmt, ptx),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
         sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes,
-        copy_layout.k_scales, copy_layout.v_scales, mean is not None, COLUMNS,
+        copy_layout.k_scales, copy_layout.v_scales, mean is not None, COLUMNS, sinks is not None, lse is not None,
+        1 / SCALE_DENOMINATOR,
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
-    merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)
+    if splits > MERGED_SPLITS:
+        merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)

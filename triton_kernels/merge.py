@@ -1,4 +1,5 @@
-"""Combine splits by log-sum-exp, rotate back and write the model's dtype: the launch after attention."""
+"""Combine splits by log-sum-exp, rotate back and write the model's dtype: the end of attention where splits are few, else
+the launch after it."""
 
 from __future__ import annotations
 
@@ -28,8 +29,7 @@ def combine(
         inside = valid[:, None] & (split < num_splits)[None, :]
         e = tl.load(lse + at, mask=inside, other=-1e30)
         part = tl.load(
-            partial + tl.reshape(at, [ROWS * LANES])[:, None] * D + d[None, :],
-            mask=tl.reshape(inside, [ROWS * LANES])[:, None] & (d < D)[None, :], other=0.0,
+            partial + at[:, :, None] * D + d[None, None, :], mask=inside[:, :, None] & (d < D)[None, None, :], other=0.0
         )
         new_top = tl.maximum(top, tl.max(e, 1))
         # 0 for a split that saw no token, NaN for one that saw a flagged vector.
@@ -37,8 +37,7 @@ def combine(
         decay = tl.exp2(top - new_top)
         top = new_top
         total = total * decay + tl.sum(w, 1)
-        part *= tl.reshape(w, [ROWS * LANES])[:, None]
-        acc = acc * decay[:, None] + tl.sum(tl.reshape(part, [ROWS, LANES, DP]), 1)
+        acc = acc * decay[:, None] + tl.sum(part * w[:, :, None], 1)
     return acc, total, top
 
 

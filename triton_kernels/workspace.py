@@ -13,7 +13,8 @@ from tqai_plugins.core.key_mean import COLUMNS
 class Workspace:
     """planes int8 [tokens, q_heads, 2, head_dim], q_scale and q_bias float32 [tokens, q_heads] from prepare;
     mean_planes int8 [tokens, q_heads, 2, COLUMNS] and mean_scale float32 [tokens, q_heads] too, what a query gives
-    each column of the key mean's table; partial float32 and lse float32, flat, from decode_attention's splits."""
+    each column of the key mean's table; partial float32 and lse float32, flat, from decode_attention's splits; arrivals
+    int32, how many splits of some rows are done, zeros between launches."""
 
     planes: torch.Tensor
     q_scale: torch.Tensor
@@ -22,6 +23,7 @@ class Workspace:
     mean_scale: torch.Tensor
     partial: torch.Tensor
     lse: torch.Tensor
+    arrivals: torch.Tensor
 
     @classmethod
     def allocate(cls, num_tokens: int, num_q_heads: int, head_dim: int, max_rows: int, device) -> Workspace:
@@ -35,4 +37,5 @@ class Workspace:
             torch.zeros(num_tokens, num_q_heads, device=device),
             torch.zeros(max_rows * head_dim, device=device),
             torch.zeros(max_rows, device=device),
+            torch.zeros(num_tokens * num_q_heads, dtype=torch.int32, device=device),
         )

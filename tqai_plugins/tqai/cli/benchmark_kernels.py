@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from unittest import mock
 
 from tqai_plugins.core.kv_format import KVFormat
 
@@ -142,9 +143,8 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
     torch.cuda.synchronize()
     first_call = time.perf_counter() - start
     error = _error(query, out, pages, table, fmt, page, context, scale)
-    merge, decode.merge = decode.merge, lambda *a, **k: None  # the split kernel alone
-    kernel = _time(lambda: decode.decode_attention(workspace, pages, table, lengths, out, fmt, page))
-    decode.merge = merge
+    with mock.patch.multiple(decode, merge=lambda *a, **k: None, MERGED_SPLITS=0):  # the splits alone, merged nowhere
+        kernel = _time(lambda: decode.decode_attention(workspace, pages, table, lengths, out, fmt, page))
     moved = sequences * context * args.kv_heads * fmt.slot_bytes
     return {
         "name": fmt.name, "sequences": sequences, "context": context, "us": kernel, "step_us": _time(step),
