@@ -308,7 +308,9 @@ def test_log_sum_exp_merges_with_other_attention():
     np.testing.assert_allclose(lse[0].cpu().numpy(), np.log(np.exp(scores).sum(-1)), rtol=1e-3)
 
 
-@pytest.mark.parametrize("bits, head_dim, group, query_len", [((4, 2), 64, 4, 1), ((3, 8), 80, 3, 2), ((4, 4), 128, 9, 1)])
+@pytest.mark.parametrize(
+    "bits, head_dim, group, query_len", [((4, 2), 64, 4, 1), ((3, 8), 80, 3, 2), ((4, 4), 128, 9, 1)]
+)
 def test_splits_merge_to_the_same_here_and_in_a_launch_of_their_own(monkeypatch, bits, head_dim, group, query_len):
     """One split, some, and more than there are tiles, with sinks and log-sum-exp; twice each in one workspace."""
     step = Step(KVFormat(*bits, head_dim), 1, group, [150, 2], 64, query_len)
@@ -458,7 +460,7 @@ def test_all_tables_of_a_format_can_be_made_ahead():
     step = Step(KVFormat(4, 3, 128), 1, 2, [70], 64)
     step.keep_recent([[-1, 0, 1]])
     d = device_tables
-    tables = (d.signs, d.back_matrix, d.levels, d.encoder)
+    tables = (d.signs, d.back_matrix, d.levels)
     for table in tables:
         table.cache_clear()
     device_tables.make_all(step.fmt, step.pages.device)

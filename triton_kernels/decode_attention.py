@@ -242,7 +242,8 @@ def _load_codes(base, rows, row_stride, columns, column_stride, mask):
 def _decode_kernel(
     planes, q_scale, q_bias, mean_planes, mean_scale, mean_table, pages, block_table, seq_lens, recent_pages, recent_table, partial, lse,
     k_levels, v_levels, arrivals, out_ptr, sinks, lse_out, signs, out_stride,
-    table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride, num_splits, merges, window, soft_cap,
+    table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride,
+    num_splits, merges, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
@@ -435,16 +436,14 @@ def _decode_kernel(
     if merges:
         tl.debug_barrier()  # all threads have stored before one of them says so
         counter = arrivals + sequence * tl.num_programs(1) + tl.program_id(1)
-        late = 0
+        done = 1
         if num_splits > 1:
-            late = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") - (num_splits - 1)
-        if late >= 0:  # it is 0: this program is the last
+            done += tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if done == num_splits:
             tl.store(counter, 0)  # for the next launch
-            # The loop above sets the registers: few lanes at a time, and rows that, hanging on `late`, are not kept from before it.
-            r = first_row + late + tl.arange(0, H)
-            row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
-            finish(partial, lse, row.to(tl.int64), r < GROUP * QUERY_LEN, num_splits, out_ptr, out_stride, sinks, lse_out,
-                   signs, VALUE_UNIT, NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT)
+            # Few lanes at a time: the loop above sets the registers.
+            finish(partial, lse, query_row.to(tl.int64), real, num_splits, out_ptr, out_stride, sinks, lse_out, signs,
+                   VALUE_UNIT, NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT)
 
 
 @functools.lru_cache(None)
@@ -555,4 +554,5 @@ def decode_attention(
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
     if splits > MERGED_SPLITS:
-        merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=1 / SCALE_DENOMINATOR)
+        unit = 1 / SCALE_DENOMINATOR
+        merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=unit)

@@ -55,7 +55,7 @@ def _dequantize_kernel(
             scale = tl.load((page + V_SCALES + 2 * in_page).to(tl.pointer_type(tl.float16)), mask=valid, other=0.0)
             out = v_out + row * v_stride
         value = level.to(tl.float32) + 0.5
-        # Half-integers below 128 and +-1 are exact in bfloat16: for so many rows the matrix unit is faster than a butterfly.
+        # Half-integers below 128 and +-1 are exact in bfloat16: for so many rows the matrix unit beats a butterfly.
         if not ROTATED:
             value = tl.dot(value.to(matrix.dtype), matrix, input_precision="ieee") * norms(D, DP)
         value = value * (scale.to(tl.float32) / SCALE_DENOMINATOR)[:, None]

@@ -7,7 +7,7 @@ import functools
 import torch
 import triton
 
-from tqai_plugins.core.codebook import SEARCH, Codebook
+from tqai_plugins.core.codebook import Codebook
 from tqai_plugins.core.kv_format import KVFormat, recent_format
 from tqai_plugins.core.rotation import Rotation, hadamard_rows
 
@@ -43,15 +43,6 @@ def levels(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(table * (2 if bits == 2 else 1), dtype=torch.int8, device=device)
 
 
-@functools.lru_cache(None)
-def encoder(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    """float32: the grids to try (multiples of a vector's root mean square), boundaries, magnitudes."""
-    book = Codebook.lloyd_max(head_dim, bits)
-    if bits == 8:
-        return torch.zeros(1, device=device)
-    return torch.tensor([*(s * book.unit for s in SEARCH), *book.boundaries, *book.magnitudes], device=device)
-
-
 def make_all(fmt: KVFormat, device: torch.device) -> None:
     """Make every table that a GPU's kernels take for a format now: a server may later allocate memory whose
     contents it gives away (vLLM's sleep mode)."""
@@ -60,4 +51,3 @@ def make_all(fmt: KVFormat, device: torch.device) -> None:
     back_matrix(fmt.head_dim, padded, torch.bfloat16, device)
     for bits in (fmt.bits_k, fmt.bits_v, recent_format(fmt.head_dim).bits_k):
         levels(fmt.head_dim, bits, device)
-        encoder(fmt.head_dim, bits, device)

@@ -1,5 +1,5 @@
-"""Combine splits by log-sum-exp, rotate back and write the model's dtype: the end of attention where splits are few, else
-the launch after it."""
+"""Combine splits by log-sum-exp, rotate back and write the model's dtype: the end of attention where splits are few,
+else the launch after it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ WARPS = 8
 
 @triton.jit
 def combine(
-    partial, lse, row, valid, top, num_splits, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr
+    partial, lse, row, valid, top, num_splits,
+    D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):
     """Of each row its splits under the largest log-sum-exp, no less than `top` [ROWS]: the sum of weighted results
     [ROWS, DP], the sum of weights [ROWS], and that log-sum-exp [ROWS], base 2."""

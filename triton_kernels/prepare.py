@@ -3,13 +3,14 @@ quantize keys and values and write them into their pages."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from tqai_plugins.core.codebook import SEARCH, TOP
+from tqai_plugins.core.codebook import SEARCH, TOP, Codebook
 from tqai_plugins.core.key_mean import COLUMNS
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
@@ -98,27 +99,29 @@ def _flagged(scale, rms, live):
 
 
 @triton.jit
-def _encode(y, copy, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr,
-            NUM_GRIDS: tl.constexpr, COPIES: tl.constexpr):
+def _encode(y, copy, BOOK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COPIES: tl.constexpr):
     """core.reference.encode with its scale search; rows come in groups of COPIES equal vectors.
 
     As _encode_eight, and whether a row has its vector's best grid.
     """
     VECTORS: tl.constexpr = y.shape[0] // COPIES
+    GRIDS: tl.constexpr = BOOK[0]
+    BOUNDARIES: tl.constexpr = BOOK[1]
+    MAGNITUDES: tl.constexpr = BOOK[2]
     size, rms, live = _size_and_rms(y, D, DP)
-    boundaries = table + NUM_GRIDS
-    magnitudes = boundaries + (1 << (BITS - 1)) - 1
     best_merit = tl.full([y.shape[0]], -1.0, tl.float32)
     best_grid = rms
     best_scale = rms
     best_number = copy
-    for g in tl.static_range(NUM_GRIDS // COPIES):
+    for g in tl.static_range(len(GRIDS) // COPIES):
         number = g * COPIES + copy
-        grid = rms * tl.load(table + number)
-        level = tl.zeros(y.shape, tl.float32) + tl.load(magnitudes)
-        for j in tl.static_range((1 << (BITS - 1)) - 1):
-            above = size > (grid * tl.load(boundaries + j))[:, None]
-            level = tl.where(above, tl.load(magnitudes + j + 1), level)
+        multiple = tl.full([y.shape[0]], GRIDS[g * COPIES], tl.float32)
+        for c in tl.static_range(1, COPIES):
+            multiple = tl.where(copy == c, GRIDS[g * COPIES + c], multiple)
+        grid = rms * multiple
+        level = tl.full(y.shape, MAGNITUDES[0], tl.float32)
+        for j in tl.static_range(len(BOUNDARIES)):
+            level = tl.where(size > (grid * BOUNDARIES[j])[:, None], MAGNITUDES[j + 1], level)
         along, energy = _fit(size, level, D, DP)
         merit = along * along / energy
         merit = tl.where(live & (merit == merit), merit, 0.0)
@@ -128,13 +131,13 @@ def _encode(y, copy, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexp
         best_scale = tl.where(better, along / energy, best_scale)
         best_number = tl.where(better, number, best_number)
     index = tl.zeros(y.shape, tl.int32)
-    for j in tl.static_range((1 << (BITS - 1)) - 1):
-        index += (size > (best_grid * tl.load(boundaries + j))[:, None]).to(tl.int32)
+    for j in tl.static_range(len(BOUNDARIES)):
+        index += (size > (best_grid * BOUNDARIES[j])[:, None]).to(tl.int32)
     keep = live | (copy == 0)
     if COPIES > 1:
         top = tl.max(tl.reshape(best_merit, [VECTORS, COPIES]), 1)
         top = tl.reshape(tl.broadcast_to(top[:, None], [VECTORS, COPIES]), [y.shape[0]])
-        number = tl.where(best_merit == top, best_number, NUM_GRIDS)
+        number = tl.where(best_merit == top, best_number, len(GRIDS))
         number = tl.min(tl.reshape(number, [VECTORS, COPIES]), 1)
         keep = best_number == tl.reshape(tl.broadcast_to(number[:, None], [VECTORS, COPIES]), [y.shape[0]])
     return tl.where(live[:, None], index, 0), _flagged(best_scale, rms, live), live, keep
@@ -142,8 +145,8 @@ def _encode(y, copy, table, D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexp
 
 @triton.jit
 def _store_vectors(
-    y, copy, table, page, token, codes_at, byte_stride, vector_stride, scales_at, valid, num_bytes: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, NUM_GRIDS: tl.constexpr, COPIES: tl.constexpr,
+    y, copy, page, token, codes_at, byte_stride, vector_stride, scales_at, valid, num_bytes: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS: tl.constexpr, BOOK: tl.constexpr, COPIES: tl.constexpr,
     TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
 ):
     """Quantize rows and write their packed codes (core.bit_packing) and scales."""
@@ -152,7 +155,7 @@ def _store_vectors(
         index, scale, live = _encode_eight(y, D, DP, TOP)
         valid = valid & (copy == 0)
     else:
-        index, scale, live, best = _encode(y, copy, table, D, DP, BITS, NUM_GRIDS, COPIES)
+        index, scale, live, best = _encode(y, copy, BOOK, D, DP, COPIES)
         valid = valid & best
     negative = ((y < 0) & live[:, None]).to(tl.int32)
     stored = (scale * SCALE_DENOMINATOR).to(tl.float16)
@@ -192,7 +195,7 @@ def _store_vectors(
 @triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
-    planes_ptr, q_scale_ptr, q_bias_ptr, signs, k_table, v_table,
+    planes_ptr, q_scale_ptr, q_bias_ptr, signs,
     position_ptr, mean_table, mean_place, mean_coefficients, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
     num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride,
     recent_page_stride, recent_head_stride, softmax_scale,
@@ -201,7 +204,7 @@ def _prepare_kernel(
     PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     RECENT: tl.constexpr, RECENT_PAGE: tl.constexpr, RECENT_V_CODES: tl.constexpr,
     RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
-    NUM_GRIDS: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
+    BOOK_K: tl.constexpr, BOOK_V: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
     ROWS: tl.constexpr, COPIES: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
@@ -274,21 +277,31 @@ def _prepare_kernel(
             scale = top * (softmax_scale * SCALE_DENOMINATOR / (127.0 * 254.0))
             tl.store(mean_scale_ptr + query_row, scale, mask=valid)
     elif is_key:
-        _store_vectors(y, copy, k_table, page, in_page, 0, 1, K_BYTES, K_SCALES, stored, K_BYTES,
-                       D, DP, BITS_K, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+        _store_vectors(y, copy, page, in_page, 0, 1, K_BYTES, K_SCALES, stored, K_BYTES,
+                       D, DP, BITS_K, BOOK_K, COPIES, TOP, SCALE_DENOMINATOR)
         if RECENT:
             if tl.max(twin.to(tl.int32), 0) > 0:
                 if MEAN:
                     y = rotate(x, sign, D, DP)
-                _store_vectors(y, copy, k_table, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
-                               D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+                _store_vectors(y, copy, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
+                               D, DP, 8, (), COPIES, TOP, SCALE_DENOMINATOR)
     else:
-        _store_vectors(y, copy, v_table, page, in_page, V_CODES, PAGE, 1, V_SCALES, stored, V_BYTES,
-                       D, DP, BITS_V, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+        _store_vectors(y, copy, page, in_page, V_CODES, PAGE, 1, V_SCALES, stored, V_BYTES,
+                       D, DP, BITS_V, BOOK_V, COPIES, TOP, SCALE_DENOMINATOR)
         if RECENT:
             if tl.max(twin.to(tl.int32), 0) > 0:
-                _store_vectors(y, copy, v_table, twin_page, in_twin, RECENT_V_CODES, RECENT_PAGE, 1, RECENT_V_SCALES,
-                               twin, D, D, DP, 8, NUM_GRIDS, COPIES, TOP, SCALE_DENOMINATOR)
+                _store_vectors(y, copy, twin_page, in_twin, RECENT_V_CODES, RECENT_PAGE, 1, RECENT_V_SCALES,
+                               twin, D, D, DP, 8, (), COPIES, TOP, SCALE_DENOMINATOR)
+
+
+@functools.lru_cache(None)
+def _book(head_dim: int, bits: int) -> tuple[tuple[float, ...], ...]:
+    """The grids to try (multiples of a vector's root mean square), boundaries, magnitudes: constants of the kernel,
+    which would wait for loads of them and take longer to compile."""
+    if bits == 8:
+        return ()
+    book = Codebook.lloyd_max(head_dim, bits)
+    return tuple(s * book.unit for s in SEARCH), tuple(book.boundaries), tuple(book.magnitudes)
 
 
 LOG2_E = 1.4426950408889634
@@ -337,7 +350,6 @@ def prepare(
         q, key, value, pages, slot_mapping, copy.pages, copy.slots,
         workspace.planes, workspace.q_scale, workspace.q_bias,
         device_tables.signs(head_dim, padded, device),
-        device_tables.encoder(head_dim, fmt.bits_k, device), device_tables.encoder(head_dim, fmt.bits_v, device),
         slot_mapping if positions is None else positions, *mean_arguments(mean, pages),
         workspace.mean_planes, workspace.mean_scale,
         queries, vectors, q.stride(0), key.stride(0), value.stride(0),
@@ -346,6 +358,7 @@ def prepare(
         workspace.planes.shape[1], num_kv_heads, head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes, fmt.v_bytes,
         page_tokens, layout.v_codes, layout.k_scales, layout.v_scales,
         recent is not None, copy_layout.page_tokens, copy_layout.v_codes, copy_layout.k_scales, copy_layout.v_scales,
-        len(SEARCH), TOP, SCALE_DENOMINATOR, tiling.rows, tiling.copies, mean is not None, COLUMNS,
+        _book(head_dim, fmt.bits_k), _book(head_dim, fmt.bits_v), TOP, SCALE_DENOMINATOR,
+        tiling.rows, tiling.copies, mean is not None, COLUMNS,
         num_warps=tiling.warps,
     )

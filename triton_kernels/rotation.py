@@ -13,8 +13,8 @@ def _hadamard(x, D: tl.constexpr, DP: tl.constexpr):
     d = tl.arange(0, DP)[None, :]
     for bit in tl.static_range(8):
         if (2 << bit) <= D:
-            # Both bit patterns of a pair, summed, less one's own are exactly the partner's. Of that the compiler makes one
-            # shuffle, or nothing where a thread holds both; halves by tl.split would go through shared memory.
+            # Both bit patterns of a pair, summed, less one's own are exactly the partner's. Of that the compiler makes
+            # one shuffle, or nothing where a thread holds both; halves by tl.split would go through shared memory.
             pairs = tl.reshape(x.to(tl.int32, bitcast=True), [x.shape[0], DP // (2 << bit), 2, 1 << bit])
             partner = tl.reshape(tl.sum(pairs, 2, keep_dims=True) - pairs, x.shape).to(tl.float32, bitcast=True)
             turned = partner + x * tl.where((d >> bit) % 2 == 0, 1.0, -1.0)
