@@ -10,6 +10,7 @@ from tqai_plugins.triton_kernels import decode_attention as decode
 from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows
 from tqai_plugins.triton_kernels.dequantize import dequantize
+from tqai_plugins.triton_kernels.first_calls import make_together
 from tqai_plugins.triton_kernels.prepare import TILINGS, Tiling, prepare
 from tqai_plugins.triton_kernels.recent import RecentPages
 from tqai_plugins.triton_kernels.workspace import Workspace
@@ -434,6 +435,15 @@ def test_a_million_tokens():
     scores = (step.q[0].double() @ turn.T) @ k[:, 0].double().T * step.softmax_scale
     expected = (scores.softmax(-1) @ v[:, 0].double()) @ turn
     assert_close(step.attend()[0], expected.cpu().numpy())
+
+
+def test_first_calls_are_all_made_and_none_fails_unheard():
+    step, made = Step(KVFormat(4, 2, 64), 1, 1, [5], 16), []
+    make_together([step.store, lambda: made.append(DEVICE)], DEVICE)
+    assert made == [DEVICE]
+    assert_close(step.attend(), step.expected())
+    with pytest.raises(ValueError, match="partial rows"):
+        make_together([step.store, lambda: step.attend(num_splits=10**6)], DEVICE)
 
 
 @pytest.mark.cuda

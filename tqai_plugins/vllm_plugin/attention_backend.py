@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ from tqai_plugins.torch_kernels.recent import RecentCopies
 from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows, uses_ptx
 from tqai_plugins.triton_kernels.dequantize import dequantize
+from tqai_plugins.triton_kernels.first_calls import make_together
 from tqai_plugins.triton_kernels.merge import merge
 from tqai_plugins.triton_kernels.prepare import TILINGS, prepare
 from tqai_plugins.triton_kernels.recent import SIDES, RecentPages, claim
@@ -137,8 +139,8 @@ class Builder(TurboQuantMetadataBuilder):
         self.slower = None if uses_ptx(device) else metrics.PLAIN_TRITON
         layers = vllm_config.compilation_config.static_forward_context
         impls = {layers[name].impl.shape: layers[name].impl for name in layer_names}
-        for impl in impls.values():
-            impl.compile(self.page_tokens, vllm_config.model_config.dtype, self.recent)
+        dtype = vllm_config.model_config.dtype
+        make_together([call for impl in impls.values() for call in impl.first_calls(self.page_tokens, dtype, self.recent)], device)
         self.canary = DecodeCanary(vllm_config, {name: layers[name].impl for name in layer_names}, self.page_tokens, device)
 
     def _compile_claim(self, max_sequences: int, device) -> None:
@@ -291,28 +293,35 @@ class Impl(TurboQuantAttentionImpl):
         sinks, mean = self.sinks is not None, self.owner.key_mean is not None
         return self.num_heads, self.num_kv_heads, self.fmt, self.window, sinks, mean
 
-    def compile(self, page_tokens, dtype, bookkeeping) -> None:
-        """Compile what capturing decode steps in CUDA graphs does not reach, so that no request waits for it."""
+    def first_calls(self, page_tokens, dtype, bookkeeping) -> list[Callable[[], None]]:
+        """Calls that compile every kernel, with what capturing decode steps in CUDA graphs does not reach, so that no request
+        waits for one."""
         device = self.workspace.planes.device
         pages = torch.zeros(1, self.num_kv_heads, page_tokens * self.fmt.slot_bytes, dtype=torch.uint8, device=device)
         vectors = torch.zeros(1, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
+        out = torch.zeros(1, self.num_heads, self.head_size, dtype=dtype, device=device)
         table = torch.full((1, COPIED_PAGES), -1, dtype=torch.int32, device=device)
+        slots, zero = table[0].long(), torch.zeros(1, dtype=torch.int32, device=device)
         copies, mean = self.owner.recent_pages, self.owner.key_mean
         recent = None if bookkeeping is None else RecentPages(copies, table[0], table)
-        for tiling in TILINGS.values():
-            prepare(
-                None, vectors, vectors, pages, table[0].long(), self.workspace, self.fmt, page_tokens, self.scale,
-                recent=recent, positions=table[0].long(), mean=mean, tiling=tiling,
-            )
-        zero = torch.zeros(1, dtype=torch.int32, device=device)
-        compile_dequantize = lambda held, fmt, tokens, mean: dequantize(
+        store = lambda tiling: prepare(
+            None, vectors, vectors, pages, slots, self.workspace, self.fmt, page_tokens, self.scale, recent=recent,
+            positions=slots, mean=mean, tiling=tiling,
+        )
+        attend = lambda: decode_attention(
+            self.workspace, pages, table, zero, out, self.fmt, page_tokens, soft_cap=self.soft_cap, recent=recent, mean=mean,
+            sliding_window=self.window, sinks=self.sinks,
+        )
+        read = lambda held, fmt, tokens, mean: dequantize(
             held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False, mean=mean
         )
-        compile_dequantize(pages, self.fmt, page_tokens, mean)
-        if recent is not None:
-            compile_dequantize(copies, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)
-        out = torch.zeros(1, self.num_heads, self.head_size, dtype=dtype, device=device)
-        merge(self.workspace.partial, self.workspace.lse, out, 1, sinks=self.sinks)
+        return [
+            *(functools.partial(store, tiling) for tiling in TILINGS.values()),
+            attend,
+            lambda: merge(self.workspace.partial, self.workspace.lse, out, 1, sinks=self.sinks),
+            lambda: read(pages, self.fmt, page_tokens, mean),
+            *([] if recent is None else [lambda: read(copies, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)]),
+        ]
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         raise RuntimeError("tqai stores in forward; this vLLM stores separately: please report its version")
