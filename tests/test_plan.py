@@ -208,7 +208,7 @@ def test_the_command_prints_a_table_json_and_a_plot(shape_of, tmp_path, capsys):
     assert rows["tqai_k4v2"]["token_bytes"] == 25_600 and f"{rows['tqai_k4v2']['tokens']:,}" in table
     assert rows["bf16"]["concurrency"] < 100 == rows["tqai_k4v2"]["concurrency"]
     assert "100 requests do not fit with bf16" in table
-    (served,) = results.read("served_smollm2_h200.json").values()
+    (served,) = results.read("served_smollm2.json").values()
     measured = {row["name"]: row["continuation"]["kld"] for row in served["rows"]}
     assert all(rows[name]["kld"] == measured[name.removeprefix("tqai_")] for name in ("fp8", "tqai_k4v4", "tqai_k4v2"))
     assert rows["fp8"]["fidelity"] == "as fp8" and rows["tqai_k4v4"]["fidelity"] == "better than fp8"

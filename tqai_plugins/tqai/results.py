@@ -27,7 +27,7 @@ def divergences(served: bool) -> tuple[str, dict[str, float]]:
 
     served: by vLLM's server as it is; otherwise by the transformers cache with its exact tokens.
     """
-    (data,) = read("served_smollm2_h200.json" if served else "quality_smollm2.json").values()
+    (data,) = read("served_smollm2.json" if served else "quality_smollm2.json").values()
     rows = data["rows"]
     if served:
         rows = [row | row["continuation"] for row in rows if ":" not in row["name"]]

@@ -120,13 +120,15 @@ def plot(data: dict, path: str) -> None:
             fmt="o", capsize=3, label=words,
         )  # fmt: skip
         for row in rows:
-            at = {"textcoords": "offset points", "xytext": (6, 3), "fontsize": 8, "color": line[0].get_color()}
+            # What leaves a step out stands left of its point, so that it does not hide the format as it is.
+            at = {"xytext": (-6, -3), "ha": "right"} if ":" in row["name"] else {"xytext": (6, 3)}
+            at |= {"textcoords": "offset points", "fontsize": 8, "color": line[0].get_color()}
             axes.annotate(row["name"], (row["bits"], row[way]["kld"]), **at)
     axes.set(
         xlabel="stored bits an element", ylabel="mean KL divergence, nats", yscale="log",
         title=f"vLLM {data['machine'].get('vllm')}, {data['model']}, {data['windows']} windows of {data['context']} tokens",
     )  # fmt: skip
-    axes.margins(x=0.1)
+    axes.margins(x=0.15)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
