@@ -108,5 +108,5 @@ def dequantize(
         head_dim, padded, fmt.bits_k, fmt.bits_v, fmt.k_bytes,
         layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE, SCALE_DENOMINATOR, rotated,
         mean is not None, COLUMNS,
-        num_warps=4,
+        num_warps=4 if mean is None else 8,  # four would spill 1.5 KB a thread
     )
