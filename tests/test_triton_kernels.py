@@ -1,5 +1,7 @@
 """Each Triton kernel against the NumPy reference: by the interpreter here, compiled on a CUDA machine."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -340,6 +342,22 @@ def test_few_splits_need_no_second_launch(monkeypatch, splits, launches):
     called = []
     monkeypatch.setattr(decode, "merge", lambda *a, **k: called.append(a))
     assert np.isfinite(step.attend(num_splits=splits)).all() == (not launches) and len(called) == launches
+
+
+@pytest.mark.parametrize("pages, window, launches", [(4, None, 0), (40, 100, 0), (40, None, 1)])
+def test_there_are_no_more_splits_than_tiles_to_read(monkeypatch, pages, window, launches):
+    """Of a short table, and of a window, so that few are merged where they are; an H100 has room for 128 splits."""
+    step = Step(KVFormat(4, 2, 64), 1, 1, [64 * pages - 70], 64)
+    step.store()
+    monkeypatch.setattr(decode, "_multiprocessors", lambda device: 132)
+    called, merge = [], decode.merge
+    monkeypatch.setattr(decode, "merge", lambda *a, **k: (called.append(a), merge(*a, **k)))
+    rows = 128 * len(step.q)
+    step.workspace = dataclasses.replace(
+        step.workspace, partial=step.workspace.partial.new_empty(rows * 64), lse=step.workspace.lse.new_empty(rows)
+    )
+    assert_close(step.attend(sliding_window=window), step.expected(window=window))
+    assert len(called) == launches
 
 
 def test_slot_minus_one_is_skipped():

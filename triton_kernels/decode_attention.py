@@ -467,6 +467,12 @@ def choose_splits(num_sequences: int, num_kv_heads: int, rows: int, fmt: KVForma
     return max(1, min(MAX_SPLITS, room))
 
 
+def _most_tiles(room: int, query_len: int, sliding_window: int | None) -> int:
+    """Tiles that a sequence can have where a block table has room for so many tokens; what a window sees may begin in a tile."""
+    most = triton.cdiv(room, TILE)
+    return most if sliding_window is None else min(most, triton.cdiv(sliding_window + query_len - 1, TILE) + 1)
+
+
 def max_partial_rows(
     max_sequences: int, num_q_heads: int, num_kv_heads: int, query_len: int, fmt: KVFormat, device: torch.device
 ) -> int:
@@ -521,7 +527,10 @@ def decode_attention(
     tuned = tuned or tuning(fmt, _columns(group * query_len))
     rows = group * query_len
     columns = _columns(rows)
-    splits = num_splits or choose_splits(num_sequences, num_kv_heads, rows, fmt, device)
+    splits = num_splits or min(
+        choose_splits(num_sequences, num_kv_heads, rows, fmt, device),
+        _most_tiles(block_table.shape[1] * page_tokens, query_len, sliding_window),
+    )
     query_rows = num_sequences * query_len * num_q_heads
     if query_rows * splits > workspace.lse.shape[0]:
         raise ValueError(
