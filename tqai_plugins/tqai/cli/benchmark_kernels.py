@@ -256,7 +256,7 @@ def show(data: dict) -> None:
     from rich.table import Table
 
     table = Table(
-        "sequences x context", "kernel", "us", "share of copy", "error", "three launches, us", "and 8-bit copies, us",
+        "sequences x context", "kernel", "us", "share of copy", "error", "all launches, us", "and 8-bit copies, us",
         "and key mean, us",
         "x FA3 bf16", "x FA3 fp8",
         title=f"{data['device']}, torch {data['torch']}, triton {data['triton']}; copy {data['copy_gb_s']:.0f} GB/s; "
