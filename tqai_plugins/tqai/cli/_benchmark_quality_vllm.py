@@ -36,11 +36,12 @@ def run(args) -> int:
         "parallel": args.parallel, "server_args": args.server_args, "machine": machine("torch", "vllm"),
     }  # fmt: skip
     ways = [way for way in WAYS if way in args.ways]
+    forced = "continuation" in ways
     reference, rows, start = {}, [], time.perf_counter()
     for entry in entries:
         row = {"name": entry.name, "dtype": entry.dtype, **stored_bits(entry.dtype, folder)}
         try:
-            with Server(folder, args, context, entry.options) as server, ThreadPoolExecutor(args.parallel) as pool:
+            with Server(folder, args, context, entry.options, forced) as server, ThreadPoolExecutor(args.parallel) as pool:
                 for way in ways:
                     score = fidelity.Score()
                     found = pool.map(getattr(server, way), tokens)

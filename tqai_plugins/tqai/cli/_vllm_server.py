@@ -83,9 +83,10 @@ def stored_bits(dtype: str, folder: str) -> dict:
 
 
 class Server:
-    """A `vllm serve` of its own, stopped when the block ends; OSError with the end of its log if it does not start."""
+    """A `vllm serve` of its own, stopped when the block ends; OSError with the end of its log if it does not start. Answers can be
+    forced only where asked for: vLLM 0.26 takes its older runner for it, in which its own turboquant_* do not start."""
 
-    def __init__(self, model: str, args, context: int, options: list[str]):
+    def __init__(self, model: str, args, context: int, options: list[str], forced: bool = True):
         self.scored_from, self.named = context // 2, args.top_logprobs
         self.names = itertools.count()
         self.folder = tempfile.TemporaryDirectory(prefix="tqai-logits-")
@@ -98,7 +99,8 @@ class Server:
             "--served-model-name", "model", "--skip-tokenizer-init", "--dtype", args.dtype, "--max-model-len", str(context + 1),
             "--max-num-seqs", str(args.parallel), "--max-num-batched-tokens", str(args.chunk), "--max-logprobs", str(args.top_logprobs),
             "--no-enable-prefix-caching", "--enforce-eager", "--kv-cache-memory-bytes", str(CACHE_BYTES),
-            "--logits-processors", "tqai_plugins.vllm_plugin.forced_tokens:ForcedTokens", *options, *shlex.split(args.server_args),
+            *(["--logits-processors", "tqai_plugins.vllm_plugin.forced_tokens:ForcedTokens"] if forced else []),
+            *options, *shlex.split(args.server_args),
         ]  # fmt: skip
 
     def __enter__(self) -> Server:
