@@ -466,6 +466,7 @@ COMMANDS = {line: command(line, says) for line, says in {
     f"benchmark forward {FOLDER} --configs kv": "--configs has 'kv'; known are kv-only", f"benchmark forward {FOLDER} --tokens 1": "--tokens is 1; allowed are 2",
     "benchmark kernels --shapes 8by8": "--shapes .*'8by8'", "benchmark serving --shapes x": "--shapes .*'x'", "benchmark serving --dtypes tqai_k9v9": "tqai_k9v9",
     "benchmark serving --dtypes tqai:canary": "'tqai:canary'.*tqai:canary=10000", "benchmark serving --dtypes tqai:bird=1": "bird.*allowed are .*canary",
+    "benchmark serving --dtypes fp8:canary=1": "'fp8:canary=1'; only tqai's dtypes have options",
     "benchmark kernels --formats k9": "unknown KV cache format 'k9'", "mlx enabel": "invalid choice: 'enabel'",
     "mlx enable --kv-cache-dtype tqai_k5v5": "is 'tqai_k5v5'; mlx-lm serves widths of 2, 3, 4 and 8", "mlx enable --kv-cache-dtype x');import": "unknown KV cache format",
     "serve m": "required: --mlx|unrecognized arguments", "serve --mlx": "--mlx needs a model|expected", "doctor --head-dims x": "--head-dims is for the Metal kernels; give --mlx with it",

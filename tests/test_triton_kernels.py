@@ -293,6 +293,20 @@ def test_empty_and_one_token_sequences():
     assert_close(step.attend(num_splits=4), step.expected())
 
 
+@pytest.mark.parametrize(
+    "q_heads, kv_heads, fmt, query_len, sequences",
+    [(32, 8, KVFormat(4, 2, 128), 4, 32), (64, 8, KVFormat(4, 2, 128), 2, 8), (32, 8, KVFormat(8, 8, 128), 3, 8), (9, 3, KVFormat(4, 2, 64), 3, 64)],
+)
+def test_a_workspace_has_room_for_smaller_batches_and_fewer_query_tokens(monkeypatch, q_heads, kv_heads, fmt, query_len, sequences):
+    """They are split more often: an H100's multiprocessors are filled with few of them too."""
+    monkeypatch.setattr(decode, "_multiprocessors", lambda device: 132)
+    room = max_partial_rows(sequences, q_heads, kv_heads, query_len, fmt, DEVICE)
+    for n in range(1, sequences + 1):
+        for length in range(1, query_len + 1):
+            splits = decode.choose_splits(n, kv_heads, q_heads // kv_heads * length, fmt, DEVICE)
+            assert n * length * q_heads * splits <= room, (n, length)
+
+
 def test_a_workspace_without_room_for_the_splits_is_refused():
     step = Step(KVFormat(4, 2, 64), 1, 4, [130], 64)
     step.store()

@@ -204,6 +204,8 @@ def test_sleep_and_wake(folders):
         llm.sleep(level=1)
         llm.wake_up()
         assert distance(first, answers(llm)) < CLOSE
+        with pytest.raises(Exception, match="at level 1 only"):
+            llm.sleep(level=2)
 
 
 @pytest.mark.cuda

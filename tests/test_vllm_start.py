@@ -168,3 +168,16 @@ def test_the_offline_example():
     environment = os.environ | ENV | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert "The capital of France is Paris" in done.stdout and "5, 6, 7, 8" in done.stdout, done.stderr[-2000:]
+
+
+def test_sleep_that_gives_the_kernels_tables_away_is_refused(monkeypatch):
+    from vllm.v1.worker.gpu_worker import Worker
+
+    slept = []
+    monkeypatch.setattr(Worker, "sleep", lambda self, level=1: slept.append(level))
+    compat.refuse_deep_sleep.__wrapped__()
+    Worker.sleep(None)
+    Worker.sleep(None, 1)
+    with pytest.raises(ValueError, match="sleeps at level 1 only, not at level 2"):
+        Worker.sleep(None, level=2)
+    assert slept == [1, 1]

@@ -251,8 +251,7 @@ def _decode_kernel(
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, RECENT: tl.constexpr,
     RECENT_V_CODES: tl.constexpr, RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
-    MEAN: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr,
-    VALUE_UNIT: tl.constexpr,
+    MEAN: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
 ):
     # Rows of a KV head are its QUERY_LEN * GROUP (query, query head) pairs; a program takes H of them.
     TILES_OF_ROWS: tl.constexpr = (GROUP * QUERY_LEN + H - 1) // H
@@ -443,7 +442,7 @@ def _decode_kernel(
             tl.store(counter, 0)  # for the next launch
             # Few lanes at a time: the loop above sets the registers.
             finish(partial, lse, query_row.to(tl.int64), real, num_splits, out_ptr, out_stride, sinks, lse_out, signs,
-                   VALUE_UNIT, NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT)
+                   NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT, SCALE_DENOMINATOR)
 
 
 @functools.lru_cache(None)
@@ -476,10 +475,10 @@ def _most_tiles(room: int, query_len: int, sliding_window: int | None) -> int:
 def max_partial_rows(
     max_sequences: int, num_q_heads: int, num_kv_heads: int, query_len: int, fmt: KVFormat, device: torch.device
 ) -> int:
-    """Rows of partial results that any batch up to max_sequences needs."""
-    rows = num_q_heads // num_kv_heads * query_len
-    most = max(n * choose_splits(n, num_kv_heads, rows, fmt, device) for n in range(1, max_sequences + 1))
-    return most * num_q_heads * query_len
+    """Rows of partial results that any batch up to max_sequences and query_len needs."""
+    group = num_q_heads // num_kv_heads
+    rows = lambda n, length: n * length * choose_splits(n, num_kv_heads, group * length, fmt, device)
+    return num_q_heads * max(rows(n, length) for n in range(1, max_sequences + 1) for length in range(1, query_len + 1))
 
 
 def uses_ptx(device: torch.device) -> bool:
@@ -559,9 +558,8 @@ def decode_attention(
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
         sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes,
         copy_layout.k_scales, copy_layout.v_scales, mean is not None, COLUMNS, sinks is not None, lse is not None,
-        1 / SCALE_DENOMINATOR,
+        SCALE_DENOMINATOR,
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
     if splits > MERGED_SPLITS:
-        unit = 1 / SCALE_DENOMINATOR
-        merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse, value_unit=unit)
+        merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse)

@@ -45,7 +45,7 @@ def levels(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
 
 def make_all(fmt: KVFormat, device: torch.device) -> None:
     """Make every table that a GPU's kernels take for a format now: a server may later allocate memory whose
-    contents it gives away (vLLM's sleep mode)."""
+    contents it gives away (vLLM's sleep mode at level 1, which keeps what lies with the weights)."""
     padded = triton.next_power_of_2(fmt.head_dim)
     signs(fmt.head_dim, padded, device)
     back_matrix(fmt.head_dim, padded, torch.bfloat16, device)

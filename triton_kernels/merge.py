@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tqai_plugins.core.kv_format import SCALE_DENOMINATOR
+
 from . import device_tables
 from .rotation import rotate_back
 
@@ -15,7 +17,7 @@ WARPS = 8
 
 
 @triton.jit
-def combine(
+def _combine(
     partial, lse, row, valid, top, num_splits,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):
@@ -44,9 +46,9 @@ def combine(
 
 @triton.jit
 def finish(
-    partial, lse, row, valid, num_splits, out_ptr, out_stride, sinks, lse_out, signs, value_unit,
+    partial, lse, row, valid, num_splits, out_ptr, out_stride, sinks, lse_out, signs,
     NUM_Q_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    SINKS: tl.constexpr, LSE_OUT: tl.constexpr,
+    SINKS: tl.constexpr, LSE_OUT: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
 ):
     """Write the results of (token, query head) rows [ROWS], int64, once all of their splits are there."""
     d = tl.arange(0, DP)
@@ -55,25 +57,25 @@ def finish(
     if SINKS:
         sink = tl.load(sinks + row % NUM_Q_HEADS, mask=valid, other=0.0) * 1.4426950408889634
         top = sink
-    acc, total, top = combine(partial, lse, row, valid, top, num_splits, D, DP, ROWS, LANES)
+    acc, total, top = _combine(partial, lse, row, valid, top, num_splits, D, DP, ROWS, LANES)
     if SINKS:
         total += tl.exp2(sink - top)
     if LSE_OUT:
         tl.store(lse_out + row, (top + tl.log2(total)) * 0.6931471805599453, mask=valid)
-    y = rotate_back(acc * (value_unit / tl.where(total == 0, 1.0, total))[:, None], sign, D, DP)
+    y = rotate_back(acc * (1.0 / SCALE_DENOMINATOR / tl.where(total == 0, 1.0, total))[:, None], sign, D, DP)
     out = out_ptr + (row // NUM_Q_HEADS) * out_stride + (row % NUM_Q_HEADS) * D
     tl.store(out[:, None] + d[None, :], y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _merge_kernel(
-    partial, lse, out_ptr, sinks, lse_out, signs, num_splits, out_stride, value_unit,
+    partial, lse, out_ptr, sinks, lse_out, signs, num_splits, out_stride,
     NUM_Q_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, LANES: tl.constexpr, SINKS: tl.constexpr,
-    LSE_OUT: tl.constexpr,
+    LSE_OUT: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    finish(partial, lse, row, row >= 0, num_splits, out_ptr, out_stride, sinks, lse_out, signs, value_unit,
-           NUM_Q_HEADS, D, DP, 1, LANES, SINKS, LSE_OUT)
+    finish(partial, lse, row, row >= 0, num_splits, out_ptr, out_stride, sinks, lse_out, signs,
+           NUM_Q_HEADS, D, DP, 1, LANES, SINKS, LSE_OUT, SCALE_DENOMINATOR)
 
 
 def merge(
@@ -84,10 +86,9 @@ def merge(
     *,
     sinks: torch.Tensor | None = None,
     lse_out: torch.Tensor | None = None,
-    value_unit: float = 1.0,
 ) -> None:
-    """Merge partial float32 [rows, num_splits, head_dim] with lse float32 [rows, num_splits] (base 2)
-    into output [tokens, q_heads, head_dim], rows being (token, query head) pairs in the rotated basis.
+    """Merge partial float32 [rows, num_splits, head_dim], in units of 1 / SCALE_DENOMINATOR, with lse float32 [rows, num_splits]
+    (base 2) into output [tokens, q_heads, head_dim], rows being (token, query head) pairs in the rotated basis.
 
     sinks float32 [q_heads]: logits without a value. lse_out float32 [tokens, q_heads], natural.
     """
@@ -98,6 +99,6 @@ def merge(
     padded = triton.next_power_of_2(head_dim)
     _merge_kernel[(rows,)](
         partial, lse, output, lse if sinks is None else sinks, lse if lse_out is None else lse_out,
-        device_tables.signs(head_dim, padded, output.device), num_splits, output.stride(0), value_unit,
-        num_q_heads, head_dim, padded, LANES, sinks is not None, lse_out is not None, num_warps=WARPS,
+        device_tables.signs(head_dim, padded, output.device), num_splits, output.stride(0),
+        num_q_heads, head_dim, padded, LANES, sinks is not None, lse_out is not None, SCALE_DENOMINATOR, num_warps=WARPS,
     )

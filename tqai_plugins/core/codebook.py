@@ -106,7 +106,7 @@ class Codebook:
 
 
 # Searching around the Lloyd-Max scale lowers the error at no cost for the reader: 15 % at 4 bits,
-# 6 % at 3, 1 % at 2. Multiples of the unit; eight, so that a GPU tile of 16 rows tries two vectors at once.
+# 6 % at 3, 1 % at 2. Multiples of the unit; eight, which the copies of a vector in a GPU tile share evenly.
 SEARCH = (0.8, 0.86, 0.92, 0.99, 1.05, 1.12, 1.18, 1.25)
 
 

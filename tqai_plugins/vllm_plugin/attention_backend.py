@@ -139,8 +139,13 @@ class Builder(TurboQuantMetadataBuilder):
         self.slower = None if uses_ptx(device) else metrics.PLAIN_TRITON
         layers = vllm_config.compilation_config.static_forward_context
         impls = {layers[name].impl.shape: layers[name].impl for name in layer_names}
+        if vllm_config.model_config.enable_sleep_mode:
+            compat.refuse_deep_sleep()
         dtype = vllm_config.model_config.dtype
-        make_together([call for impl in impls.values() for call in impl.first_calls(self.page_tokens, dtype, self.recent)], device)
+        calls: dict[tuple, Callable[[], None]] = {}
+        for impl in impls.values():
+            calls |= impl.first_calls(self.page_tokens, dtype, self.recent)
+        make_together(list(calls.values()), device)
         self.canary = DecodeCanary(vllm_config, {name: layers[name].impl for name in layer_names}, self.page_tokens, device)
 
     def _compile_claim(self, max_sequences: int, device) -> None:
@@ -291,11 +296,11 @@ class Impl(TurboQuantAttentionImpl):
     def shape(self) -> tuple:
         """What its kernels are compiled for."""
         sinks, mean = self.sinks is not None, self.owner.key_mean is not None
-        return self.num_heads, self.num_kv_heads, self.fmt, self.window, sinks, mean
+        return self.num_heads, self.num_kv_heads, self.fmt, self.window is not None, self.soft_cap is not None, sinks, mean
 
-    def first_calls(self, page_tokens, dtype, bookkeeping) -> list[Callable[[], None]]:
-        """Calls that compile every kernel, with what capturing decode steps in CUDA graphs does not reach, so that no request
-        waits for one."""
+    def first_calls(self, page_tokens, dtype, bookkeeping) -> dict[tuple, Callable[[], None]]:
+        """Calls that compile the kernels of decoding and of prefill, so that no request waits for one, by what each is compiled
+        for: layers of several shapes share some."""
         device = self.workspace.planes.device
         pages = torch.zeros(1, self.num_kv_heads, page_tokens * self.fmt.slot_bytes, dtype=torch.uint8, device=device)
         vectors = torch.zeros(1, self.num_kv_heads, self.head_size, dtype=dtype, device=device)
@@ -315,13 +320,17 @@ class Impl(TurboQuantAttentionImpl):
         read = lambda held, fmt, tokens, mean: dequantize(
             held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False, mean=mean
         )
-        return [
-            *(functools.partial(store, tiling) for tiling in TILINGS.values()),
-            attend,
-            lambda: merge(self.workspace.partial, self.workspace.lse, out, 1, sinks=self.sinks),
-            lambda: read(pages, self.fmt, page_tokens, mean),
-            *([] if recent is None else [lambda: read(copies, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)]),
-        ]
+        calls = {("store", n, self.shape): functools.partial(store, tiling) for n, tiling in TILINGS.items()} | {
+            ("attend", self.shape): attend,
+            ("merge", self.num_heads, self.head_size, self.sinks is not None): lambda: merge(
+                self.workspace.partial, self.workspace.lse, out, 1, sinks=self.sinks
+            ),
+            ("read", self.shape): lambda: read(pages, self.fmt, page_tokens, mean),
+        }
+        if recent is not None:
+            key = "read copies", self.num_kv_heads, self.head_size
+            calls[key] = lambda: read(copies, recent_format(self.head_size), RECENT_PAGE_TOKENS, None)
+        return calls
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping):
         raise RuntimeError("tqai stores in forward; this vLLM stores separately: please report its version")

@@ -188,6 +188,22 @@ def after_loading(act: Callable) -> None:
     BaseModelLoader.load_model = load_model
 
 
+@functools.lru_cache(None)
+def refuse_deep_sleep() -> None:
+    """0.26 on: sleep at level 2 gives away what was made with the weights, and the kernels' tables with it. ValueError instead."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    stock = Worker.sleep
+
+    @functools.wraps(stock)
+    def sleep(self, level: int = 1):
+        if level > 1:
+            raise ValueError(f"a compressed cache sleeps at level 1 only, not at level {level}; use level 1, or start the server again")
+        return stock(self, level)
+
+    Worker.sleep = sleep
+
+
 def check_layer(name: str, attn_type: str, alibi_slopes) -> None:
     """ValueError for an attention layer that no backend of ours serves; start_checks refuses most models before."""
     if attn_type != "decoder" or alibi_slopes is not None:

@@ -33,7 +33,11 @@ class Options:
     def of(cls, config) -> Options:
         """Those of a vllm.config.VllmConfig; ValueError for one that is unknown or no good."""
         additional = config.additional_config
-        given = additional.get("tqai", {}) if isinstance(additional, dict) else {}
+        return cls.read(additional.get("tqai", {}) if isinstance(additional, dict) else {})
+
+    @classmethod
+    def read(cls, given: object) -> Options:
+        """From names and values; ValueError as above."""
         if not isinstance(given, Mapping):
             raise ValueError(f"--additional-config has the tqai options {given!r}; expected names and values in braces")
         unknown = set(given) - set(NAMES)

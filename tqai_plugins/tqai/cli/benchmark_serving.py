@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from tqai_plugins.core.kv_format import is_tqai, parse_name
 from tqai_plugins.vllm_plugin.options import Options
@@ -74,14 +73,15 @@ def run(args) -> int:
 def _dtype_and_options(word: str) -> tuple[str, dict]:
     """The KV cache dtype and what --additional-config says to tqai; ValueError for what is not known."""
     dtype, *given = word.split(":")
-    if not is_tqai(dtype):
-        return word, {}
-    parse_name(dtype)
+    if is_tqai(dtype):
+        parse_name(dtype)
+    elif given:
+        raise ValueError(f"--dtypes has {word!r}; only tqai's dtypes have options, as in tqai:canary=10000")
     try:
         options = {name: json.loads(value) for name, value in (option.split("=") for option in given)}
     except ValueError:
         raise ValueError(f"--dtypes has {word!r}; expected options as in {dtype}:canary=10000") from None
-    Options.of(SimpleNamespace(additional_config={"tqai": options}))
+    Options.read(options)
     return dtype, options
 
 
