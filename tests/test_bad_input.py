@@ -258,13 +258,13 @@ def changed(data: dict, read: Callable, says: str, **change):
     return lambda here: read(here.file(held)), says
 
 
-ENTRIES = {f"codebook with {name} {value!r}": changed(BOOK, Codebook.read, says, **{name: value}) for name, value, says in (
+ENTRIES = {f"codebook with {name} {value!r:.40}": changed(BOOK, Codebook.read, says, **{name: value}) for name, value, says in (
     ("tqai_codebook", 2, "is of version 2, this is 1"), ("tqai_codebook", None, "is of version None"), ("bits", 9, "bits is 9; allowed"),
     ("bits", "2", "bits is '2'"), ("bits", 10**400, "bits is 1"), ("head_dim", 4, "head_dim is 4"), ("head_dim", None, "head_dim is None"),
     ("magnitudes", [], "do not rise"), ("magnitudes", [127.5, 38.5], "do not rise"), ("magnitudes", [38.5, NAN], "no numbers"),
     ("magnitudes", [38.5, INFINITE], "no numbers"), ("magnitudes", ["1", 2], "no numbers"), ("magnitudes", 7, "no codebook file"),
     ("magnitudes", [38.5, 128.5], "do not rise"), ("magnitudes", [38.25, 127.5], "whole numbers plus one half"),
-    ("magnitudes", [0.5] * 300_000, "more than the 1,048,576"), ("magnitudes", [[1], [2]], "no numbers"),
+    ("magnitudes", "5" * 1_100_000, "more than the 1,048,576"), ("magnitudes", [[1], [2]], "no numbers"),
     ("magnitudes", [38.5, 126.5], "not those that were written"), ("unit", -1.0, "no numbers"), ("unit", NAN, "no numbers"),
     ("unit", None, "no numbers"), ("name", 5, "not those that were written"), ("digest", "00000000", "not those that were written"),
     ("digest", ..., "other keys"), ("more", 1, "other keys"),
