@@ -12,13 +12,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ["TRITON_ALWAYS_COMPILE"] = "1"
 
-import numpy as np
 import torch
 import triton
+from tqai.cli.benchmark_kernels import _key_mean
 from tqai_plugins.triton_kernels import decode_attention as decode
 from tqai_plugins.triton_kernels import device_tables
 from tqai_plugins.triton_kernels.dequantize import dequantize
@@ -32,7 +33,6 @@ from triton.runtime.jit import JITFunction
 
 from tqai_plugins.core import key_mean
 from tqai_plugins.core.kv_format import COPIED_PAGES, KVFormat
-from tqai_plugins.torch_kernels.key_mean import KeyMean
 
 HEAD_DIM, KV_HEADS, Q_HEADS, SEQUENCES, PAGE = 128, 8, 32, 32, 64
 OBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -84,12 +84,7 @@ def launches(name: str) -> dict:
     table, lengths = torch.zeros(SEQUENCES, 4, dtype=torch.int32), torch.zeros(SEQUENCES, dtype=torch.int32)
     slots = torch.zeros(SEQUENCES, dtype=torch.int64)
     recent = RecentPages(copies, lengths, torch.zeros(SEQUENCES, COPIED_PAGES, dtype=torch.int32))
-    mean = None
-    if key_mean.may_pay(fmt):
-        angles = np.arange(256)[:, None] * 1e-4 ** (np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
-        means = np.random.default_rng(0).standard_normal((KV_HEADS, HEAD_DIM))
-        pairs = key_mean.choose_pairs(key_mean.energy(means))
-        mean = KeyMean.make(means, pairs, torch.from_numpy(key_mean.make_table(np.cos(angles), np.sin(angles), pairs)), 1.0)
+    mean = _key_mean(SimpleNamespace(kv_heads=KV_HEADS, head_dim=HEAD_DIM), 256, "cpu") if key_mean.may_pay(fmt) else None
     query, key = vectors(Q_HEADS), vectors(KV_HEADS)
     store = lambda tiling: lambda: prepare(
         query, key, key, pages, slots, workspace, fmt, PAGE, 1.0, recent=recent, positions=slots, mean=mean, tiling=tiling
