@@ -121,6 +121,7 @@ API = (
     | option("residual_window", "allowed are whole numbers from 0", -1, None, 128.0, "128")
     | option("qjl_sketch_size", "allowed are whole numbers from 1", 0, None, "64")
     | option("use_qjl", "allowed are True and False", 1, "yes", None)
+    | option("vector_values", "allowed are True and False", 1, 0, "yes", None, NAN)
     | option("cache_strategy", "allowed are auto, residual, full, incremental", "", None, "RESIDUAL", 3)
     | option("device", "expected the model's", "warp", 3.5, "cuda:-1", [])
     | option("backend", "allowed are 'auto', 'torch' and 'mlx'", "", "cuda", "MLX", 1)
@@ -136,6 +137,13 @@ API = (
     | {
         "patch(bit_k=4)": (patch(bit_k=4), "unknown option 'bit_k'; allowed are bits_k, bits_v"),
         "backend='mlx' without an MLX model": (patch(backend="mlx"), "backend is 'mlx' but .*pip install"),
+        "vector values of 4 bits": (patch(vector_values=True, bits_v=4), "vector_values is True but bits_v is 4; it is allowed with 2 bits"),
+        "vector values of 3 bits in a layer": (
+            patch(vector_values=True, layer_formats={1: "tqai_k4v3"}), "bits_v is 3 in layer 1; .*set bits_v to 2, or leave vector_values out",
+        ),
+        "vector values of another config": (patch(config="tqai_k4v4", vector_values=True), "vector_values is True but bits_v is 4"),
+        "vector values of head_dim 66": (quantize(vectors(size=66), 2, vector=True), "head_dim is 66; allowed are multiples of 4"),
+        "vector values of 3 bits": (quantize(vectors(), 3, vector=True), "bits is 3; it is allowed with 2 bits alone"),
         "layer 9 of 2": (patch(layer_formats={9: "tqai"}), "layer_formats has layer 9, which is no full-attention layer"),
         "layer '0'": (patch(layer_formats={"0": "tqai"}), "a layer of layer_formats is '0'; allowed are whole numbers"),
         "layer -1": (patch(layer_formats={-1: "tqai"}), "a layer of layer_formats is -1"),

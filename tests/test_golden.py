@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
-from golden_vectors import CASES, FOLDER, assert_matches, load, make_all
+from golden_vectors import CASES, FOLDER, VECTOR_HEAD_DIMS, assert_matches, load, make_all
 
 from tqai_plugins.core import reference
-from tqai_plugins.core.bit_packing import pack, unpack
+from tqai_plugins.core.bit_packing import pack, pack_patterns, unpack, unpack_patterns
 from tqai_plugins.core.kv_format import SERVED_WIDTHS, KVFormat
+from tqai_plugins.core.vector_codebook import VECTOR
 
 
 def test_the_files_are_what_the_script_makes():
@@ -29,6 +30,19 @@ def test_torch_writes_the_golden_bytes(head_dim, bits):
     ours, our_scales = codec.quantize(torch.from_numpy(x), bits)
     assert np.array_equal(ours.numpy(), packed)
     assert_matches(x, bits, ours.numpy(), our_scales.numpy())
+
+
+@pytest.mark.parametrize("head_dim", VECTOR_HEAD_DIMS)
+def test_the_reference_and_torch_write_the_golden_bytes_of_vector_values(head_dim):
+    x, packed, scales = load(head_dim, 2, vector=True)
+    found = reference.quantize(x, 2, codebook=VECTOR)
+    assert np.array_equal(found[0], packed) and np.array_equal(found[1], scales)
+    torch = pytest.importorskip("torch")
+    from tqai_plugins.torch_kernels import codec
+
+    ours, our_scales = codec.quantize(torch.from_numpy(x), 2, vector=True)
+    assert np.array_equal(ours.numpy(), packed)
+    assert_matches(x, 2, ours.numpy(), our_scales.numpy(), vector=True)
 
 
 @pytest.mark.parametrize("head_dim, bits", [(d, b) for d, b in CASES if b in SERVED_WIDTHS])
@@ -69,3 +83,17 @@ def test_the_comparison_takes_the_reference_and_refuses_one_wrong_code(head_dim,
     scales[3] *= np.float16(1.01)
     with pytest.raises(AssertionError, match="vector 3"):
         assert_matches(x, bits, packed, scales)
+
+
+@pytest.mark.parametrize("wrong", ["pattern", "sign"])
+def test_the_comparison_refuses_one_wrong_pattern_or_sign_of_vector_values(wrong):
+    x = np.random.default_rng(1).standard_normal((40, 128)).astype(np.float32)
+    packed, scales = reference.quantize(x, 2, codebook=VECTOR)
+    assert_matches(x, 2, packed, scales, vector=True)
+    index, negative = unpack_patterns(packed)
+    if wrong == "pattern":
+        index[7, 5] ^= 1
+    else:
+        negative[7, 5] ^= True
+    with pytest.raises(AssertionError, match="vector 7"):
+        assert_matches(x, 2, pack_patterns(index, negative), scales, vector=True)

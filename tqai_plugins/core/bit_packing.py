@@ -14,6 +14,8 @@ A code of b bits is a sign bit (the top one) and a magnitude index.
 
                Shifted by at most two places a sign then lies above its magnitude, and both make a
                byte permute's selector.
+4 coordinates  (vector_codebook) byte i stands for coordinates 4 i to 4 i + 3: the index of their pattern in its bits
+at 2 bits      0 to 3, the sign of coordinate 4 i + j in bit 4 + j.
 5, 6, 7 bits   a little-endian bit string; read by the reference and transformers only.
 """
 
@@ -21,10 +23,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .kv_format import packed_bytes
+from .kv_format import PATTERN_WIDE, packed_bytes
 
 # Sign bits of the four coordinates of a magnitude byte in the first half of its group, then in the second.
 SIGN_BITS = ((2, 3, 6, 7), (0, 1, 4, 5))
+
+PATTERN_BITS = 4  # of a pattern's index, below the signs
+_PATTERN_SIGNS = PATTERN_BITS + np.arange(PATTERN_WIDE, dtype=np.uint8)
 
 
 def _pack_fields(fields: np.ndarray, bits: int) -> np.ndarray:
@@ -70,3 +75,15 @@ def unpack(packed: np.ndarray, bits: int, head_dim: int) -> np.ndarray:
     low = _unpack_fields(packed[..., : 8 * groups], 2, 32 * groups)
     signs = _unpack_fields(packed[..., 8 * groups :], 1, 32 * groups)[..., sign_positions(groups)]
     return (low | signs << 2)[..., :head_dim]
+
+
+def pack_patterns(index: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Pattern indices uint8 [..., head_dim / 4] and signs bool [..., head_dim] -> uint8 bytes [..., head_dim / 4]."""
+    signs = negative.reshape(*index.shape, PATTERN_WIDE).astype(np.uint8) << _PATTERN_SIGNS
+    return index | signs.sum(-1, dtype=np.uint8)
+
+
+def unpack_patterns(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of pack_patterns; every byte stands for something."""
+    negative = packed[..., None] >> _PATTERN_SIGNS & 1 > 0
+    return packed & (1 << PATTERN_BITS) - 1, negative.reshape(*packed.shape[:-1], -1)

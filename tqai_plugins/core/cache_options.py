@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Self
 
-from .kv_format import DEFAULT_BITS, check_width, parse_name, shown
+from .kv_format import DEFAULT_BITS, check_vector_width, check_width, parse_name, shown
 
 STRATEGIES = ("auto", "residual", "full", "incremental")
 
@@ -18,7 +18,8 @@ class CacheOptions:
     cache_strategy: residual (what auto means) keeps the newest `residual_window` tokens and the first `sink_tokens` exact;
     full keeps the sinks alone; incremental, as full, has a dequantized copy of everything beside the codes: the speed of an
     uncompressed cache, and more memory than one. sink_tokens: default 4 with residual, else 0. layer_formats: layer ->
-    format name such as 'tqai_k8v4', for layers that get other widths than bits_k and bits_v.
+    format name such as 'tqai_k8v4', for layers that get other widths than bits_k and bits_v. vector_values: code 2-bit values
+    four coordinates at once (core.vector_codebook), closer in as many bytes; all layers need 2-bit values then.
     """
 
     models: ClassVar[str] = ""  # whose options they are, for messages
@@ -29,6 +30,7 @@ class CacheOptions:
     residual_window: int = 128
     cache_strategy: str = "auto"
     layer_formats: Mapping[int, str] | None = None
+    vector_values: bool = False
 
     def __post_init__(self) -> None:
         check_width("bits_k", self.bits_k)
@@ -40,8 +42,14 @@ class CacheOptions:
             raise ValueError(f"cache_strategy is {self.cache_strategy!r}; allowed are {', '.join(STRATEGIES)}")
         if not isinstance(self.layer_formats, (Mapping, type(None))):
             raise ValueError(f"layer_formats is {self.layer_formats!r}; expected a mapping such as {{0: 'tqai_k8v4'}}")
-        for layer in self.layer_formats or {}:
+        if not isinstance(self.vector_values, bool):
+            raise ValueError(f"vector_values is {self.vector_values!r}; allowed are True and False")
+        if self.vector_values:
+            check_vector_width("bits_v", self.bits_v)
+        for layer, name in (self.layer_formats or {}).items():
             check_count("a layer of layer_formats", layer, 0)
+            if self.vector_values:
+                check_vector_width("bits_v", parse_name(name)[1], f" in layer {layer}")
             self.of_layer(layer)
 
     def of_layer(self, layer: int) -> Self:
@@ -50,6 +58,12 @@ class CacheOptions:
         if layer in (self.layer_formats or {}):
             bits_k, bits_v = parse_name(self.layer_formats[layer])  # type: ignore[index]
         return replace(self, bits_k=bits_k, bits_v=bits_v, layer_formats=None)
+
+    @property
+    def codebook_widths(self) -> set[int]:
+        """Of keys and values in all layers, as far as a Codebook reads them."""
+        pairs = [(self.bits_k, self.bits_v), *map(parse_name, (self.layer_formats or {}).values())]
+        return {bits for pair in pairs for bits in pair[: 1 if self.vector_values else 2]}
 
     @classmethod
     def of(cls, **given) -> Self:

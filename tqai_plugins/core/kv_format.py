@@ -19,6 +19,10 @@ SERVED_WIDTHS = (2, 3, 4, 8)
 # Bytes written under one version are never read under another.
 FORMAT_VERSION = 1
 
+# Vector values (vector_codebook): a byte stands for so many coordinates, as many as at so many bits each.
+PATTERN_WIDE = 4
+VECTOR_BITS = 2
+
 SCALE_BYTES = 2  # one float16 a vector
 # A level c is worth scale * c / SCALE_DENOMINATOR: with it the float16 scale is close to the
 # vector's root mean square, the middle of float16's range.
@@ -42,6 +46,24 @@ def check_width(name: str, bits: int) -> None:
     """ValueError, with the option's name, for bits that are no width."""
     if type(bits) is not int or bits not in WIDTHS:
         raise ValueError(f"{name} is {bits!r}; allowed are the whole numbers 1 to 8")
+
+
+def check_vector_width(name: str, bits: int, where: str = "") -> None:
+    """ValueError, with the option's name, for a width of values that vector_values does not go with."""
+    if bits != VECTOR_BITS:
+        raise ValueError(
+            f"vector_values is True but {name} is {bits!r}{where}; it is allowed with {VECTOR_BITS} bits alone: "
+            f"set {name} to {VECTOR_BITS}, or leave vector_values out"
+        )
+
+
+def check_vector_head_dim(head_dim: int) -> None:
+    """ValueError for a head dimension that vector_values does not go with."""
+    check_head_dim(head_dim)
+    if head_dim % PATTERN_WIDE:
+        raise ValueError(
+            f"vector_values is True but head_dim is {head_dim}; allowed are multiples of {PATTERN_WIDE}: leave vector_values out"
+        )
 
 
 def check_head_dim(head_dim: int) -> None:
@@ -72,19 +94,24 @@ class PageLayout:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """Widths of keys and values for one head dimension.
+    """Widths of keys and values for one head dimension; vector_values: 2-bit values are coded by vector_codebook.
 
-    Raises ValueError for widths outside 1 to 8 and head dimensions outside 8 to 512.
+    Raises ValueError for widths outside 1 to 8, head dimensions outside 8 to 512, and vector_values with another width of
+    values than 2 or a head_dim that is no multiple of 4.
     """
 
     bits_k: int
     bits_v: int
     head_dim: int
+    vector_values: bool = False
 
     def __post_init__(self) -> None:
         check_width("bits_k", self.bits_k)
         check_width("bits_v", self.bits_v)
         check_head_dim(self.head_dim)
+        if self.vector_values:
+            check_vector_width("bits_v", self.bits_v)
+            check_vector_head_dim(self.head_dim)
 
     @classmethod
     def from_name(cls, name: str, head_dim: int) -> KVFormat:
@@ -93,8 +120,8 @@ class KVFormat:
 
     @property
     def name(self) -> str:
-        """Such as `tqai_k4v2`."""
-        return format_name(self.bits_k, self.bits_v)
+        """Such as `tqai_k4v2`; with `+vector` behind it for vector values, which no cache dtype has."""
+        return format_name(self.bits_k, self.bits_v) + ("+vector" if self.vector_values else "")
 
     @property
     def k_bytes(self) -> int:

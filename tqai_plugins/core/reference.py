@@ -6,10 +6,11 @@ import functools
 
 import numpy as np
 
-from .bit_packing import pack, unpack
+from .bit_packing import pack, pack_patterns, unpack, unpack_patterns
 from .codebook import SEARCH, TOP, Codebook
-from .kv_format import SCALE_DENOMINATOR, KVFormat
+from .kv_format import PATTERN_WIDE, SCALE_DENOMINATOR, KVFormat
 from .rotation import Rotation, block_norm
+from .vector_codebook import VectorCodebook, codebook_of
 
 SCALES = ("least_squares", "exact_norm", "norm")
 INVALID = ("raise", "flag")
@@ -58,16 +59,55 @@ def rotate_back(y: np.ndarray, rotation: Rotation) -> np.ndarray:
     return _hadamard(y, rotation) * np.array(rotation.signs, np.float32)
 
 
+class _Coordinates:
+    """How a Codebook codes sizes float32 [..., head_dim]: each coordinate by itself."""
+
+    def __init__(self, size: np.ndarray, codebook: Codebook):
+        self.size, self.bits = size, codebook.bits
+        self.boundaries = np.array(codebook.boundaries, np.float32)
+        self.magnitudes = np.array(codebook.magnitudes, np.float32)
+
+    def on_grid(self, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For one grid a vector, float32 [...]: indices, sizes times levels, and levels times levels, both summed to [...]."""
+        tried = np.searchsorted(self.boundaries, self.size / grid[..., None]).astype(np.uint8)
+        level = self.magnitudes[tried]
+        return tried, (self.size * level).sum(-1), (level * level).sum(-1)
+
+    def codes(self, index: np.ndarray, negative: np.ndarray) -> np.ndarray:
+        return index | negative.astype(np.uint8) << (self.bits - 1)
+
+
+class _Patterns:
+    """The same for a VectorCodebook: four coordinates at once."""
+
+    def __init__(self, size: np.ndarray, codebook: VectorCodebook):
+        fours = size.reshape(*size.shape[:-1], -1, PATTERN_WIDE, 1)
+        patterns = np.array(codebook.patterns, np.float32).T
+        # Summed in this order by every backend; the products serve all grids.
+        self.along = sum(fours[..., j, :] * patterns[j] for j in range(PATTERN_WIDE))
+        self.half_energies = np.array(codebook.half_energies, np.float32)
+
+    def on_grid(self, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        tried = (self.along - grid[..., None, None] * self.half_energies).argmax(-1)
+        along = np.take_along_axis(self.along, tried[..., None], -1)[..., 0]
+        return tried.astype(np.uint8), along.sum(-1), 2 * self.half_energies[tried].sum(-1)
+
+    def codes(self, index: np.ndarray, negative: np.ndarray) -> np.ndarray:
+        return pack_patterns(index, negative)
+
+
 def encode(
-    y: np.ndarray, codebook: Codebook, *, scale: str = "least_squares", search: bool = True
+    y: np.ndarray, codebook: Codebook | VectorCodebook, *, scale: str = "least_squares", search: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Codes uint8 [..., head_dim] and float32 scales [...] for rotated vectors y; ValueError for another `scale` than SCALES.
+    Codes of a VectorCodebook are its bytes, [..., head_dim / 4].
 
     With `search` every grid of codebook.SEARCH is tried and the one whose codes point closest to y
     is kept, the first of equals. Tie rule for other backends, 2^-16 of leeway for float32 sums in
     another order: a coordinate within one part in 2^16 of a boundary may take either neighbour, one
     within 2^-16 of the root mean square of zero either sign, and a grid whose squared cosine is
-    within one part in 2^16 of the best may be chosen.
+    within one part in 2^16 of the best may be chosen. Four coordinates may take another pattern whose merit
+    (VectorCodebook.half_energies) falls short of the best by 2^-16 of their product with it.
     """
     if scale not in SCALES:
         raise ValueError(f"scale is {scale!r}; allowed are {', '.join(SCALES)}")
@@ -75,23 +115,20 @@ def encode(
     size = np.abs(y)
     with np.errstate(over="ignore", invalid="ignore"):
         rms = np.sqrt(np.mean(y * y, -1, dtype=np.float32))
-        if codebook.bits == 8:
+        if isinstance(codebook, Codebook) and codebook.bits == 8:
             grids = size.max(-1, keepdims=True) / np.float32(TOP)
         else:
             multiples = SEARCH if search else (1.0,)
             grids = rms[..., None] * np.array(multiples, np.float32) * np.float32(codebook.unit)
-        boundaries = np.array(codebook.boundaries, np.float32)
-        magnitudes = np.array(codebook.magnitudes, np.float32)
-        best = np.full(rms.shape, -1, np.float32)
-        index = np.zeros(y.shape, np.uint8)
-        worth = np.zeros(rms.shape, np.float32)
         live = (rms > SMALLEST_RMS) & np.isfinite(rms)
+        size = np.where(live[..., None], size, 0)
+        coder = _Coordinates(size, codebook) if isinstance(codebook, Codebook) else _Patterns(size, codebook)
+        best = np.full(rms.shape, -1, np.float32)
+        index = np.zeros((*rms.shape, 1), np.uint8)
+        worth = np.zeros(rms.shape, np.float32)
         for k in range(grids.shape[-1]):
-            grid = np.where(live, grids[..., k], 1)[..., None]
-            tried = np.searchsorted(boundaries, np.where(live[..., None], size, 0) / grid).astype(np.uint8)
-            level = magnitudes[tried]
-            along = (size * level).sum(-1)
-            energy = (level * level).sum(-1)
+            grid = np.where(live, grids[..., k], 1)
+            tried, along, energy = coder.on_grid(grid)
             merit = np.where(live, along * along / energy, 0)
             won = merit > best
             best = np.where(won, merit, best)
@@ -101,10 +138,9 @@ def encode(
             elif scale == "exact_norm":
                 fitted = rms * np.sqrt(np.float32(y.shape[-1]) / energy)
             else:
-                fitted = grid[..., 0]
+                fitted = grid
             worth = np.where(won, fitted, worth)
-    sign = (y < 0).astype(np.uint8) << (codebook.bits - 1)
-    codes = np.where(live[..., None], index | sign, 0).astype(np.uint8)
+    codes = np.where(live[..., None], coder.codes(index, y < 0), 0).astype(np.uint8)
     return codes, np.where(live, worth, np.where(np.isfinite(rms), np.float32(0), np.float32(np.nan)))
 
 
@@ -113,14 +149,14 @@ def quantize(
     bits: int,
     *,
     rotation: Rotation | None = None,
-    codebook: Codebook | None = None,
+    codebook: Codebook | VectorCodebook | None = None,
     scale: str = "least_squares",
     search: bool = True,
     on_invalid: str = "raise",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compress vectors x [..., head_dim] to packed codes and one float16 scale each.
 
-    Returns uint8 [..., packed_bytes(head_dim, bits)] and float16 [...].
+    Returns uint8 [..., packed_bytes(head_dim, bits)] and float16 [...]. codebook: that of vector_codebook.codebook_of.
     A vector of zeros, or one whose root mean square underflows (below 1e-18), or whose scale
     underflows float16 (root mean square below about 3e-8), reads back as zeros. A vector that holds
     NaN or infinity, or whose scale overflows float16 (root mean square above about 6e4), raises
@@ -143,15 +179,20 @@ def quantize(
             )
         stored = np.where(bad, np.float16(np.nan), stored)
         codes = np.where(bad[..., None], np.uint8(0), codes)
-    return pack(codes, bits), stored
+    return pack(codes, bits) if isinstance(codebook, Codebook) else codes, stored
 
 
-def dequantize_rotated(packed: np.ndarray, scales: np.ndarray, bits: int, codebook: Codebook) -> np.ndarray:
+def dequantize_rotated(
+    packed: np.ndarray, scales: np.ndarray, bits: int, codebook: Codebook | VectorCodebook
+) -> np.ndarray:
     """Packed codes [..., bytes] and float16 scales [...] -> float32 vectors [..., head_dim] in the rotated basis."""
-    codes = unpack(packed, bits, codebook.head_dim)
-    magnitudes = np.array(codebook.magnitudes, np.float32)
-    half = 1 << (bits - 1)
-    level = np.where(codes & half, -magnitudes[codes & (half - 1)], magnitudes[codes & (half - 1)])
+    if isinstance(codebook, VectorCodebook):
+        index, negative = unpack_patterns(packed)
+        size = np.array(codebook.patterns, np.float32)[index].reshape(negative.shape)
+    else:
+        codes, half = unpack(packed, bits, codebook.head_dim), 1 << (bits - 1)
+        negative, size = codes & half > 0, np.array(codebook.magnitudes, np.float32)[codes & (half - 1)]
+    level = np.where(negative, -size, size)
     return level * (scales.astype(np.float32) / np.float32(SCALE_DENOMINATOR))[..., None]
 
 
@@ -162,7 +203,7 @@ def dequantize(
     head_dim: int,
     *,
     rotation: Rotation | None = None,
-    codebook: Codebook | None = None,
+    codebook: Codebook | VectorCodebook | None = None,
 ) -> np.ndarray:
     """The inverse of quantize: float32 [..., head_dim]."""
     rotation = rotation or Rotation(head_dim)
@@ -207,7 +248,7 @@ def attention(
     """
     rotation = rotation or Rotation(fmt.head_dim)
     keys = dequantize_rotated(*k, fmt.bits_k, Codebook.lloyd_max(fmt.head_dim, fmt.bits_k)).astype(np.float64)
-    values = dequantize_rotated(*v, fmt.bits_v, Codebook.lloyd_max(fmt.head_dim, fmt.bits_v)).astype(np.float64)
+    values = dequantize_rotated(*v, fmt.bits_v, codebook_of(fmt.head_dim, fmt.bits_v, fmt.vector_values)).astype(np.float64)
     queries, q_heads, _ = q.shape
     tokens, kv_heads, _ = keys.shape
     turned = rotate(q, rotation).astype(np.float64).reshape(queries, kv_heads, q_heads // kv_heads, -1)

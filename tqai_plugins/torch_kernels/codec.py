@@ -14,9 +14,10 @@ import torch
 
 from ..core import bit_packing, qjl
 from ..core.codebook import SEARCH, TOP, Codebook
-from ..core.kv_format import SCALE_DENOMINATOR, check_head_dim, packed_bytes
+from ..core.kv_format import PATTERN_WIDE, SCALE_DENOMINATOR, check_head_dim, packed_bytes
 from ..core.reference import INVALID, SCALES, SMALLEST_RMS, rotation_matrix
 from ..core.rotation import Rotation, block_norm
+from ..core.vector_codebook import VECTOR, VectorCodebook, codebook_of
 
 TILE = 1 << 18  # coordinates quantized at a time: bounds the temporaries of a long prefill to some 20 MB
 
@@ -78,15 +79,38 @@ def _boundaries(codebook: Codebook, device: torch.device) -> torch.Tensor:
     return torch.tensor(codebook.boundaries, dtype=torch.float32, device=device)
 
 
-def _encode(y: torch.Tensor, bits: int, scale: str, search: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _nearest(size: torch.Tensor, grids: torch.Tensor, codebook: Codebook):
+    """For sizes [vectors, head_dim] and grids [vectors, grids]: indices [vectors, grids, head_dim], and the sums
+    [vectors, grids] of sizes times levels and of levels times levels."""
+    tried = torch.bucketize(size[:, None] / grids[..., None], _boundaries(codebook, size.device), out_int32=True)
+    magnitudes = _level_of(codebook.head_dim, codebook.bits).to(size.device)
+    level = magnitudes.index_select(0, tried.view(-1)).view(tried.shape)
+    return tried, torch.linalg.vecdot(level, size[:, None]), torch.linalg.vecdot(level, level)
+
+
+@_constant
+def _patterns(codebook: VectorCodebook, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor(codebook.patterns, device=device).T.contiguous(), torch.tensor(codebook.half_energies, device=device)
+
+
+def _nearest_patterns(size: torch.Tensor, grids: torch.Tensor, codebook: VectorCodebook):
+    """The same for a VectorCodebook, indices [vectors, grids, head_dim / 4]; the order of sums is the reference's."""
+    patterns, half_energies = _patterns(codebook, size.device)
+    fours = size.unflatten(-1, (-1, PATTERN_WIDE))[..., None]
+    along = sum(fours[..., j, :] * patterns[j] for j in range(PATTERN_WIDE))
+    tried = torch.stack([(along - grid[:, None, None] * half_energies).argmax(-1) for grid in grids.unbind(1)], 1)
+    energy = half_energies.take(tried).sum(-1)
+    return tried, along.gather(-1, tried.mT).sum(1), 2 * energy
+
+
+def _encode(
+    y: torch.Tensor, codebook: Codebook | VectorCodebook, scale: str, search: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     """reference.encode for y float32 [vectors, head_dim], all grids of the search at once."""
-    codebook = Codebook.lloyd_max(y.shape[-1], bits)
-    boundaries = _boundaries(codebook, y.device)
-    magnitudes = _level_of(y.shape[-1], bits).to(y.device)
     size = y.abs()
     rms = (y * y).mean(-1).sqrt()
     live = (rms > SMALLEST_RMS) & rms.isfinite()
-    if bits == 8:
+    if isinstance(codebook, Codebook) and codebook.bits == 8:
         # Divided by a tensor: CUDA multiplies by the reciprocal of a number.
         grids = size.amax(-1, keepdim=True) / torch.tensor(TOP, device=y.device)
     else:
@@ -94,19 +118,20 @@ def _encode(y: torch.Tensor, bits: int, scale: str, search: bool) -> tuple[torch
         grids = rms[:, None] * multiples * codebook.unit
     grids = torch.where(live[:, None], grids, 1)
     size = torch.where(live[:, None], size, 0)
-    tried = torch.bucketize(size[:, None] / grids[..., None], boundaries, out_int32=True)
-    level = magnitudes.index_select(0, tried.view(-1)).view(tried.shape)
-    along = torch.linalg.vecdot(level, size[:, None])
-    energy = torch.linalg.vecdot(level, level)
+    if isinstance(codebook, Codebook):
+        tried, along, energy = _nearest(size, grids, codebook)
+    else:
+        tried, along, energy = _nearest_patterns(size, grids, codebook)
     best = (along * along / energy).argmax(-1, keepdim=True)  # the first of equals
-    index = tried.gather(1, best[..., None].expand(-1, -1, y.shape[-1]))[:, 0]
+    index = tried.gather(1, best[..., None].expand(-1, -1, tried.shape[-1]))[:, 0].to(torch.uint8)
     if scale == "least_squares":
         step = along / energy
     elif scale == "exact_norm":
         step = rms[:, None] * torch.sqrt(y.shape[-1] / energy)
     else:
         step = grids
-    codes = index.to(torch.uint8) | (y < 0).to(torch.uint8) << (bits - 1)
+    negative = (y < 0).to(torch.uint8)
+    codes = index | negative << codebook.bits - 1 if isinstance(codebook, Codebook) else pack_patterns(index, negative)
     step = torch.where(live, step.gather(1, best)[:, 0], torch.where(rms.isfinite(), 0.0, torch.nan))
     return torch.where(live[:, None], codes, 0), step
 
@@ -115,6 +140,7 @@ def quantize(
     x: torch.Tensor,
     bits: int,
     *,
+    vector: bool = False,
     rotation: Rotation | None = None,
     scale: str = "least_squares",
     search: bool = True,
@@ -122,6 +148,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress vectors x [..., head_dim], any floating dtype, to packed codes and one float16 scale each.
 
+    vector: four coordinates at once, by vector_codebook; ValueError for other bits than 2 and a head_dim that 4 does not divide.
     Returns uint8 [..., packed_bytes(head_dim, bits)] and float16 [...]. Zero, NaN, infinite and
     too large vectors are treated, and ValueError is raised, as reference.quantize says;
     on_invalid="flag" also spares a GPU the wait for the check.
@@ -134,15 +161,17 @@ def quantize(
         raise ValueError(f"vectors are {x.dtype}; expected a floating dtype")
     head_dim = x.shape[-1]
     check_head_dim(head_dim)
+    codebook = codebook_of(head_dim, bits, vector)
     flat = x.reshape(-1, head_dim)
     packed = torch.empty(flat.shape[0], packed_bytes(head_dim, bits), dtype=torch.uint8, device=x.device)
     scales = torch.empty(flat.shape[0], dtype=torch.float16, device=x.device)
     rows = max(TILE // head_dim, 1)
     for start in range(0, flat.shape[0], rows):
         part = slice(start, start + rows)
-        codes, step = _encode(rotate(flat[part], rotation), bits, scale, search)
+        codes, step = _encode(rotate(flat[part], rotation), codebook, scale, search)
         scales[part] = (step * SCALE_DENOMINATOR).to(torch.float16)
-        packed[part] = pack(torch.where(scales[part, None].isfinite(), codes, 0), bits)
+        codes = torch.where(scales[part, None].isfinite(), codes, 0)
+        packed[part] = codes if vector else pack(codes, bits)
     bad = ~scales.isfinite()
     if on_invalid == "raise" and bad.any():
         raise ValueError(
@@ -176,6 +205,12 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat([_fields(codes & 3, 2), _join(signs)], -1)
 
 
+def pack_patterns(index: torch.Tensor, negative: torch.Tensor) -> torch.Tensor:
+    """Pattern indices uint8 [..., head_dim / 4] and signs uint8 [..., head_dim] -> bytes, as core.bit_packing says."""
+    places = bit_packing.PATTERN_BITS + torch.arange(PATTERN_WIDE, dtype=torch.uint8, device=index.device)
+    return index | (negative.unflatten(-1, (-1, PATTERN_WIDE)) << places).sum(-1, dtype=torch.uint8)
+
+
 @_constant
 def _sign_positions(groups: int, device: torch.device) -> torch.Tensor:
     return torch.from_numpy(bit_packing.sign_positions(groups)).to(device)
@@ -191,19 +226,23 @@ def _level_of(head_dim: int, bits: int) -> torch.Tensor:
 _WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _as_words(codes: np.ndarray, head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
-    """Rows of codes [rows, levels a row] -> their int8 levels, less the one half, as one whole number a row.
+def _as_words(levels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Rows of levels [rows, levels a row] -> the same as int8, less the one half, as one whole number a row.
 
     Looking up numbers instead of rows of a matrix is three times faster on a CPU.
     """
-    integers = (_level_of(head_dim, bits) - 0.5).to(torch.int8)[torch.from_numpy(codes).long()]
-    return integers.view(_WORDS[codes.shape[1]]).flatten().to(device)
+    return (levels - 0.5).to(torch.int8).view(_WORDS[levels.shape[1]]).flatten().to(device)
 
 
 @_constant
-def _byte_table(head_dim: int, bits: int, device: torch.device) -> torch.Tensor:
+def _byte_table(head_dim: int, bits: int, vector: bool, device: torch.device) -> torch.Tensor:
     every = np.arange(256, dtype=np.uint8)[:, None]
-    return _as_words(bit_packing.unpack(every, bits, 8 // bits), head_dim, bits, device)
+    if vector:
+        index, negative = (torch.from_numpy(part) for part in bit_packing.unpack_patterns(every))
+        size = torch.tensor(VECTOR.patterns)[index[:, 0].long()]
+        return _as_words(torch.where(negative, -size, size), device)
+    codes = bit_packing.unpack(every, bits, 8 // bits)
+    return _as_words(_level_of(head_dim, bits)[torch.from_numpy(codes).long()], device)
 
 
 @_constant
@@ -211,10 +250,12 @@ def _three_bit_table(head_dim: int, device: torch.device) -> torch.Tensor:
     """For a magnitude byte m and the signs over it, kept in the bits of SIGN_BITS[0]: row m + 256 * signs."""
     row = np.arange(1 << 16)[:, None]
     signs = row >> 8 + np.array(bit_packing.SIGN_BITS[0]) & 1
-    return _as_words((row >> 2 * np.arange(4) & 3) + 4 * signs, head_dim, 3, device)
+    return _as_words(_level_of(head_dim, 3)[torch.from_numpy((row >> 2 * np.arange(4) & 3) + 4 * signs).long()], device)
 
 
-def levels(packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def levels(
+    packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32, *, vector: bool = False
+) -> torch.Tensor:
     """Packed codes [..., bytes] -> the codebook's levels [..., head_dim], without their scales.
 
     Levels of 1 to 4 and 8 bits are whole numbers plus one half, exact in float16 and bfloat16 too.
@@ -232,7 +273,7 @@ def levels(packed: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = 
         row = low + (torch.cat([signs & 0xCC, (signs & 0x33) << 2], -2) << 8)
         integers = _look_up(_three_bit_table(head_dim, packed.device), row.flatten(-3))
     else:
-        integers = _look_up(_byte_table(head_dim, bits, packed.device), packed.int())
+        integers = _look_up(_byte_table(head_dim, bits, vector, packed.device), packed.int())
     return integers[..., :head_dim].to(dtype).add_(0.5)
 
 
@@ -242,11 +283,12 @@ def _look_up(table: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
 
 
 def dequantize_rotated(
-    packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+    packed: torch.Tensor, scales: torch.Tensor, bits: int, head_dim: int, dtype: torch.dtype = torch.float32,
+    *, vector: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Packed codes [..., bytes] and float16 scales [...] -> vectors [..., head_dim] in the rotated basis."""
     worth = (scales.float() / SCALE_DENOMINATOR)[..., None]
-    return (levels(packed, bits, head_dim) * worth).to(dtype)
+    return (levels(packed, bits, head_dim, vector=vector) * worth).to(dtype)
 
 
 def dequantize(
@@ -256,11 +298,12 @@ def dequantize(
     head_dim: int,
     dtype: torch.dtype = torch.float32,
     *,
+    vector: bool = False,
     rotation: Rotation | None = None,
 ) -> torch.Tensor:
     """The inverse of quantize: [..., head_dim] in dtype."""
     rotation = rotation or Rotation(head_dim)
-    return rotate_back(dequantize_rotated(packed, scales, bits, head_dim), rotation).to(dtype)
+    return rotate_back(dequantize_rotated(packed, scales, bits, head_dim, vector=vector), rotation).to(dtype)
 
 
 @_constant

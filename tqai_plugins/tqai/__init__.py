@@ -24,7 +24,7 @@ def patch(model, **options):
     MLX: installs the cache in the model, for mlx_lm.generate and its server, until unpatch.
 
     Options: bits_k=4, bits_v=2, sink_tokens, residual_window=128, cache_strategy="auto", backend,
-    device, use_qjl=False, qjl_sketch_size=64, layer_formats, key_factors (those of the model's norms; None for none),
+    device, use_qjl=False, qjl_sketch_size=64, layer_formats, vector_values=False, key_factors (those of the model's norms; None for none),
     key_means (what key_means.learn(model, tokenizer) of the runtime's plugin returns; else, for transformers, a converted
     folder's, None for none); transformers_plugin.CacheOptions explains them.
     codebook: a file of `tqai codebook build`, or a list of them, to be used instead of the shipped codebook.
@@ -92,8 +92,7 @@ def _converted(config, options: dict) -> dict:
 def _use_codebooks(files, config, options) -> None:
     from tqai_plugins.core.codebook import read_all, use_for
 
-    pairs = [(options.bits_k, options.bits_v), *map(parse_name, (options.layer_formats or {}).values())]
-    use_for(read_all(files), configurations.head_dim_of(config), {bits for pair in pairs for bits in pair})
+    use_for(read_all(files), configurations.head_dim_of(config), options.codebook_widths)
 
 
 def _is_mlx(model) -> bool:

@@ -49,10 +49,10 @@ class CompressedLayer(DynamicLayer):
                 )
             means = self.means.on(self.device)
         self.stores = tuple(
-            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size, by, off)
-            for states, bits, size, by, off in (
-                (key_states, self.options.bits_k, sketch_size, factors, means),
-                (value_states, self.options.bits_v, 0, None, None),
+            VectorStore(states, bits, self.options.sinks, self.options.window, keep_dense, self.counts, size, by, off, vector)
+            for states, bits, size, by, off, vector in (
+                (key_states, self.options.bits_k, sketch_size, factors, means, False),
+                (value_states, self.options.bits_v, 0, None, None, self.options.vector_values),
             )  # fmt: skip
         )
         self.is_initialized = True

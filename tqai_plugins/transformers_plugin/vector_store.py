@@ -82,6 +82,7 @@ class Snapshot:
     factors: torch.Tensor | None = None
     means: PlacedMeans | None = None
     first_coded: int = 0
+    vector: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -103,7 +104,7 @@ class Snapshot:
             part = slice(start, start + step)
             scales = self.scales[:, :, part]
             self.counts.dequantized += scales.numel()
-            yield part, codec.levels(self.codes[:, :, part], self.bits, head_dim), scales
+            yield part, codec.levels(self.codes[:, :, part], self.bits, head_dim, vector=self.vector), scales
 
     def positions(self, part: slice) -> tuple[int, int]:
         """First, and last plus one, of a tile."""
@@ -129,16 +130,17 @@ class Snapshot:
 class VectorStore:
     """Keys or values of one layer: exact first tokens, codes, exact last tokens, which turn to codes in order. factors
     [head_dim]: what keys are divided by before they are coded (core/key_balance.py). means: what is taken off them before,
-    by their place in the cache, which is their position but for left padding, where codes are only less exact."""
+    by their place in the cache, which is their position but for left padding, where codes are only less exact. vector: whether
+    four coordinates are coded at once (core/vector_codebook.py)."""
 
     def __init__(
         self, first: torch.Tensor, bits: int, sink_tokens: int, window: int, keep_dense: bool, counts: Counts,
-        sketch_size: int = 0, factors: torch.Tensor | None = None, means: PlacedMeans | None = None,
+        sketch_size: int = 0, factors: torch.Tensor | None = None, means: PlacedMeans | None = None, vector: bool = False,
     ):  # fmt: skip
         none = first.detach()[:, :, :0]
-        codes, scales = codec.quantize(none, bits)
+        codes, scales = codec.quantize(none, bits, vector=vector)
         self.bits, self.window, self.sink_tokens, self.counts = bits, window, sink_tokens, counts
-        self.factors, self.means = factors, means
+        self.factors, self.means, self.vector = factors, means, vector
         # Room for all exact tokens there can be between two calls.
         self.exact_capacity = sink_tokens + (window + BLOCK if window else 0)
         self.exact = TokenBuffer(none, self.exact_capacity)
@@ -192,12 +194,12 @@ class VectorStore:
             leaving = leaving.float() - self.means.term(start, start + last - first)
         if self.factors is not None:
             leaving = leaving.float() / self.factors.to(leaving.device)
-        codes, scales = codec.quantize(leaving, self.bits)
+        codes, scales = codec.quantize(leaving, self.bits, vector=self.vector)
         self.counts.quantized += scales.numel()
         self.codes.append(codes)
         self.scales.append(scales)
         if self.sketch:
-            left_over = leaving.float() - codec.dequantize(codes, scales, self.bits, exact.shape[3])
+            left_over = leaving.float() - codec.dequantize(codes, scales, self.bits, exact.shape[3], vector=self.vector)
             for buffer, part in zip(self.sketch, codec.sketch(left_over, self.sketch_size)):
                 buffer.append(part)
         # A new buffer, since a snapshot may still look at the old one.
@@ -217,7 +219,7 @@ class VectorStore:
             sketch = Sketch(signs, norms, self.sketch_size)
         return Snapshot(
             exact, codes, scales, max(sinks - start, 0), self.bits, self.counts, sketch, self.factors, self.means,
-            self.sink_tokens + coded,
+            self.sink_tokens + coded, self.vector,
         )  # fmt: skip
 
     def crop(self, count: int) -> None:
