@@ -12,6 +12,7 @@ import numpy as np
 from ..core import reference
 from ..core.bit_packing import unpack
 from ..core.kv_format import KVFormat
+from ..core.vector_codebook import codebook_of
 from . import codec
 from .decode_attention import decode_attention
 from .dequantize import dequantize
@@ -82,6 +83,7 @@ def relative_error(found: np.ndarray, expected: np.ndarray) -> float:
 def run_grid(head_dims=HEAD_DIMS) -> Iterator[dict]:
     """One row a check: kernel, format, what, error, ok, seconds (the first of a kernel compiles it)."""
     formats = [KVFormat(k, v, d) for d in head_dims for k, v in ((4, 2), (4, 4), (3, 3), (8, 8), (2, 3), (2, 8))]
+    formats += [KVFormat(k, 2, d, vector_values=True) for d in (64, 80, 128, 256) if d in head_dims for k in (4, 3)]
     for fmt in formats:
         for dtype in (mx.float16, mx.bfloat16, mx.float32) if (fmt.bits_k, fmt.bits_v) == (4, 2) else (mx.float16,):
             yield from _codec_rows(fmt, dtype)
@@ -98,15 +100,17 @@ def run_grid(head_dims=HEAD_DIMS) -> Iterator[dict]:
 
 
 def _codec_rows(fmt: KVFormat, dtype) -> Iterator[dict]:
-    """Codes may differ from the reference's where a number lies on a boundary: at most one in 5,000."""
+    """Codes may differ from the reference's where a number lies on a boundary: at most one in 5,000 (of vector values, bytes)."""
     start = time.perf_counter()
     keys, values = draw(1, 2, 3, 333, fmt.head_dim, dtype=dtype), draw(2, 2, 3, 333, fmt.head_dim, dtype=dtype)
     slots = store(keys, values, fmt)
     packed = np.array(slots).view(np.uint8)
     differ = total = 0
-    for x, bits, part in ((keys, fmt.bits_k, slice(0, fmt.k_bytes)), (values, fmt.bits_v, slice(fmt.k_bytes, -4))):
-        codes, _ = reference.quantize(np.array(x.astype(mx.float32)), bits)
-        same = unpack(codes, bits, fmt.head_dim) == unpack(np.ascontiguousarray(packed[..., part]), bits, fmt.head_dim)
+    kinds = (keys, fmt.bits_k, False, slice(0, fmt.k_bytes)), (values, fmt.bits_v, fmt.vector_values, slice(fmt.k_bytes, -4))
+    for x, bits, vector, part in kinds:
+        expected, _ = reference.quantize(np.array(x.astype(mx.float32)), bits, codebook=codebook_of(fmt.head_dim, bits, vector))
+        found = np.ascontiguousarray(packed[..., part])
+        same = expected == found if vector else unpack(expected, bits, fmt.head_dim) == unpack(found, bits, fmt.head_dim)
         differ, total = differ + int((~same).sum()), total + same.size
     yield _row("store", fmt, f"{dtype}, {differ} of {total} codes differ", differ / total, 2e-4, start)
     start = time.perf_counter()

@@ -9,10 +9,15 @@ template <int D, int PER> struct Lanes {
     static constexpr int GROUPS = 32 / LANES;  // vectors a simdgroup works on at once
 };
 
+// Where codes are told apart by their BITS, those of vector values are VECTOR: bytes for four coordinates each.
+template <int BITS> struct Width {
+    static constexpr int OF_ONE = BITS == VECTOR ? 2 : BITS;
+};
+
 // Words of the packed codes of one vector: KVFormat.k_bytes / 4 or v_bytes / 4.
 template <int D, int BITS> struct Packed {
     static constexpr int PAIRS = (D + 31) / 32;
-    static constexpr int WORDS = BITS == 3 ? 3 * PAIRS : D * BITS / 32;
+    static constexpr int WORDS = BITS == 3 ? 3 * PAIRS : D * Width<BITS>::OF_ONE / 32;
 };
 
 // Number of chunks in the Hadamard block that chunk c lies in: blocks are falling powers of two.
@@ -64,7 +69,7 @@ TQAI_FN int sign_bit(int i) { return 8 * (i >> 2) + (i & 1) + 2 * (i & 2); }
 // The words that hold the PER codes of a lane, as they lie in memory: asked for long before they are unpacked, by
 // all lanes of a simdgroup at once: see Levels in the preludes.
 template <int BITS, int PER> struct Share {
-    static constexpr int WORDS = BITS == 3 ? 2 : (PER * BITS + 31) / 32;
+    static constexpr int WORDS = BITS == 3 ? 2 : (PER * Width<BITS>::OF_ONE + 31) / 32;
 };
 template <int BITS, int PER, int D, typename Words>
 TQAI_FN void fetch(Words words, int c, thread uint (&share)[Share<BITS, PER>::WORDS]) {
@@ -87,9 +92,43 @@ TQAI_FN void unpack(thread const uint (&share)[Share<BITS, PER>::WORDS], Levels 
         const uint low = share[0] >> half_of_it;
         const uint signs = share[Share<BITS, PER>::WORDS - 1] >> ((sixteen & 1 ? 0 : 2) + half_of_it);
         UNROLL for (int i = 0; i < PER; i++) out[i] = one(levels, (low >> (2 * i) & 3u) | (signs >> sign_bit(i) & 1u) << 2);
+    } else if (BITS == VECTOR) {  // a level is the pattern's four magnitudes, less the one half
+        UNROLL for (int i = 0; i < PER; i += 4) {
+            const uint code = share[0] >> (half_of_it + 2 * i), pattern = as_type<uint>(one(levels, code));
+            UNROLL for (int j = 0; j < 4; j++) {
+                const float size = float(pattern >> (8 * j) & 255u) + 0.5f;
+                out[i + j] = code >> (PATTERN_BITS + j) & 1u ? -size : size;
+            }
+        }
     } else {
         UNROLL for (int i = 0; i < PER; i += 8) eight<BITS>(levels, share[0] >> (half_of_it + 2 * i), out + i);
     }
+}
+
+// Of four sizes on a grid, the index of the closest pattern (vector_codebook.half_energies), the first of equals; what
+// the pattern adds to the sums of sizes times levels and of levels times levels goes to `along` and `energy`.
+template <typename Numbers>
+TQAI_FN uint nearest(Numbers patterns, thread const float* size, float grid, thread float& along, thread float& energy) {
+    uint found = 0u;
+    float best = -3e38f, product = 0.0f, square = 0.0f;
+    for (uint k = 0u; k < 1u << PATTERN_BITS; k++) {
+        float dot = 0.0f, squares = 0.0f;
+        UNROLL for (int j = 0; j < 4; j++) {
+            const float magnitude = patterns[4 * k + j];
+            dot += size[j] * magnitude;
+            squares += magnitude * magnitude;
+        }
+        const float merit = dot - grid * (squares * 0.5f);
+        if (merit > best) {
+            found = k;
+            best = merit;
+            product = dot;
+            square = squares;
+        }
+    }
+    along += product;
+    energy += square;
+    return found;
 }
 
 // The float16 scales of a slot's last word, times what a level is worth.

@@ -9,7 +9,7 @@
 //   rows [2, batch]: first column of a sequence, first column that `recent` holds
 //   bias [batch, q_heads, tokens]: what base-2 scores of codes gain by their place in a sequence, with BIAS
 // -> sums [batch, q_heads, splits, D], stats [batch, q_heads, splits, 2]: base-2 maximum and total weight.
-// D: head_dim; BK, BV: bits; GROUP: query heads a KV head; G: those of a block; U: tokens a group of lanes takes at
+// D: head_dim; BK, BV: bits, or VECTOR; GROUP: query heads a KV head; G: those of a block; U: tokens a group of lanes takes at
 // once (see dots in common.metal); PER: coordinates a lane; SG: simdgroups a threadgroup; EXACT: whether there are
 // exact tokens.
 

@@ -72,7 +72,7 @@ def decode_attention(
         },
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
-            "T": queries.dtype, "E": dtype, "D": head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "GROUP": group,
+            "T": queries.dtype, "E": dtype, **launch.template(fmt), "GROUP": group,
             "G": together, "U": tokens, "PER": coordinates, "SG": simdgroups, "EXACT": int(exact),
             "BIAS": int(bias is not None),
         },

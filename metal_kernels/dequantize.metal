@@ -1,7 +1,7 @@
 // Body of `dequantize`: the first tokens of every sequence and head, in the basis of the codes.
 //
 // slots [rows, capacity, WORDS], tables (levels of keys, then of values, 16 each), sizes: tokens, capacity, rows
-// -> keys, values [rows, tokens, D] of type T. D: head_dim; BK, BV: bits; SG: simdgroups a threadgroup.
+// -> keys, values [rows, tokens, D] of type T. D: head_dim; BK, BV: bits, or VECTOR; SG: simdgroups a threadgroup.
 
     constexpr int CHUNKS = Lanes<D, 16>::CHUNKS, LANES = Lanes<D, 16>::LANES, GROUPS = Lanes<D, 16>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;

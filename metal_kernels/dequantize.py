@@ -22,7 +22,7 @@ def dequantize(slots: mx.array, length: int, fmt: KVFormat, dtype: mx.Dtype) -> 
         "dequantize",
         {"slots": slots, "tables": tables.decoding(fmt), "sizes": tables.numbers(length, capacity, batch * heads)},
         {"keys": (shape, dtype), "values": (shape, dtype)},
-        {"T": dtype, "D": fmt.head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "SG": SIMDGROUPS},
+        {"T": dtype, **launch.template(fmt), "SG": SIMDGROUPS},
         (-(-length // (SIMDGROUPS * vectors_at_once(fmt.head_dim))), batch * heads, 1),
         SIMDGROUPS,
     )

@@ -9,8 +9,9 @@ from importlib.resources import files
 
 import mlx.core as mx
 
+from ..core.bit_packing import PATTERN_BITS
 from ..core.codebook import TOP
-from ..core.kv_format import SCALE_DENOMINATOR
+from ..core.kv_format import SCALE_DENOMINATOR, KVFormat
 from ..core.reference import SMALLEST_RMS
 
 METAL_PRELUDE = """#define TQAI_FN inline
@@ -25,6 +26,7 @@ template <int BITS> TQAI_FN void eight(Levels levels, uint codes, thread float* 
     UNROLL for (int i = 0; i < 8; i++) out[i] = one(levels, codes >> (BITS * i));
 }
 """
+VECTOR = 16  # what kernels call vector values where they tell codes apart by their bits
 CUDA_TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 
 
@@ -46,7 +48,16 @@ def _text(name: str) -> str:
 
 def _facts() -> str:
     """Numbers of the codec that kernels use."""
-    return f"#define TOP {TOP}f\n#define SMALLEST_RMS {SMALLEST_RMS}f\n#define SCALE_DENOMINATOR {SCALE_DENOMINATOR}.0f\n"
+    facts = {
+        "TOP": f"{TOP}f", "SMALLEST_RMS": f"{SMALLEST_RMS}f", "SCALE_DENOMINATOR": f"{SCALE_DENOMINATOR}.0f",
+        "VECTOR": VECTOR, "PATTERN_BITS": PATTERN_BITS,
+    }  # fmt: skip
+    return "".join(f"#define {name} {value}\n" for name, value in facts.items())
+
+
+def template(fmt: KVFormat) -> dict[str, int]:
+    """What a kernel's template says of the format."""
+    return {"D": fmt.head_dim, "BK": fmt.bits_k, "BV": VECTOR if fmt.vector_values else fmt.bits_v}
 
 
 @functools.lru_cache(None)

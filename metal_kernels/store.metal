@@ -1,7 +1,7 @@
 // Body of `store`: rotate, search the scale, quantize and pack; a group of lanes makes one slot.
 //
 // keys, values [batch, kv_heads, tokens, D], tables (see store.py), count [1 of 8]: vectors -> slots [.., WORDS]
-// D: head_dim; BK, BV: bits; SG: simdgroups a threadgroup.
+// D: head_dim; BK, BV: bits, or VECTOR; SG: simdgroups a threadgroup.
 
     constexpr int CHUNKS = Lanes<D, 16>::CHUNKS, LANES = Lanes<D, 16>::LANES, GROUPS = Lanes<D, 16>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;
@@ -18,7 +18,7 @@
         hadamard<D, 16>(y, chunk);
         if (!mine)  // a block's idle lanes got sums of nothing
             UNROLL for (int i = 0; i < 16; i++) y[i] = 0.0f;
-        const int bits = part ? BV : BK, book = D + 8 + 16 * part;  // unit, 8 magnitudes, 7 boundaries
+        const int bits = part ? BV : BK, book = D + 8 + 16 * part;  // unit, 8 magnitudes, 7 boundaries; or unit, 64 magnitudes
         float squares = 0.0f, top = 0.0f, size[16];
         UNROLL for (int i = 0; i < 16; i++) {
             size[i] = metal::abs(y[i]);
@@ -36,7 +36,10 @@
             float grid = bits == 8 ? top / TOP : rms * tables[D + k] * tables[book];
             grid = usable ? grid : 1.0f;
             float along = 0.0f, energy = 0.0f;
-            UNROLL for (int i = 0; i < 16; i++) {
+            if (bits == VECTOR) {
+                if (usable && chunk < CHUNKS)
+                    UNROLL for (int i = 0; i < 16; i += 4) nearest(tables + book + 1, size + i, grid, along, energy);
+            } else UNROLL for (int i = 0; i < 16; i++) {
                 const float scaled = usable ? size[i] / grid : 0.0f;
                 float level = tables[book + 1];
                 if (bits == 8)
@@ -63,7 +66,14 @@
         scales |= uint(bad ? ushort(0x7e00) : as_type<ushort>(stored)) << (16 * part);
         // Codes of this chunk: words of fields, and for 3 bits half a word of signs.
         uint words[4] = {0u, 0u, 0u, 0u}, signs = 0u;
-        UNROLL for (int i = 0; i < 16; i++) {
+        if (bits == VECTOR) {
+            float along = 0.0f, energy = 0.0f;
+            if (mine && usable && !bad)
+                UNROLL for (int i = 0; i < 16; i++) {
+                    if (i % 4 == 0) words[0] |= nearest(tables + book + 1, size + i, won, along, energy) << (2 * i);
+                    words[0] |= (y[i] < 0.0f ? 1u : 0u) << (i / 4 * 8 + PATTERN_BITS + i % 4);
+                }
+        } else UNROLL for (int i = 0; i < 16; i++) {
             const float scaled = size[i] / won;
             uint index = 0u;
             if (bits == 8)
@@ -87,7 +97,8 @@
             if (live && chunk < 2 * pairs) slots[at + chunk] = words[0];
             if (live && chunk < 2 * pairs && !(chunk & 1)) slots[at + 2 * pairs + chunk / 2] = signs;
         } else if (mine) {
-            UNROLL for (int w = 0; w < bits / 2; w++) slots[at + chunk * (bits / 2) + w] = words[w];
+            const int count = bits == VECTOR ? 1 : bits / 2;
+            UNROLL for (int w = 0; w < count; w++) slots[at + chunk * count + w] = words[w];
         }
     }
     if (live && chunk == 0) slots[size_t(vector) * WORDS + KW + VW] = scales;

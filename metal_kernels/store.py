@@ -29,7 +29,7 @@ def store(keys: mx.array, values: mx.array, fmt: KVFormat) -> mx.array:
         "store",
         {"keys": keys, "values": values, "tables": tables.encoding(fmt), "count": tables.numbers(count)},
         {"slots": ((*keys.shape[:3], codec.slot_words(fmt)), mx.uint32)},
-        {"T": keys.dtype, "D": fmt.head_dim, "BK": fmt.bits_k, "BV": fmt.bits_v, "SG": SIMDGROUPS},
+        {"T": keys.dtype, **launch.template(fmt), "SG": SIMDGROUPS},
         (-(-count // (SIMDGROUPS * vectors_at_once(fmt.head_dim))), 1, 1),
         SIMDGROUPS,
     )

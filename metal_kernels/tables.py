@@ -10,12 +10,13 @@ import numpy as np
 from ..core.codebook import SEARCH, Codebook
 from ..core.kv_format import KVFormat
 from ..core.rotation import Rotation
+from ..core.vector_codebook import VECTOR
 
 LEVELS = 16  # room for the levels of keys, and of values; 8-bit codes need none
 
 
 def _evaluated(numbers) -> mx.array:
-    array = mx.array(np.concatenate(numbers).astype(np.float32))
+    array = mx.array(np.concatenate([part.astype(np.float32) for part in numbers]))
     mx.eval(array)
     return array
 
@@ -31,28 +32,39 @@ def _levels(head_dim: int, bits: int) -> np.ndarray:
     return _padded(np.concatenate([magnitudes, -magnitudes]), LEVELS)
 
 
+def _value_levels(fmt: KVFormat) -> np.ndarray:
+    if fmt.vector_values:
+        # The four bytes of a pattern's m (a magnitude is m + 1/2) in the bits of a number that nobody calculates with:
+        # all four come with one look-up. None is NaN, as bytes are below 128.
+        return np.array(VECTOR.patterns).astype(np.uint8).view(np.float32)[:, 0]
+    return _levels(fmt.head_dim, fmt.bits_v)
+
+
 @functools.lru_cache(None)
 def encoding(fmt: KVFormat) -> mx.array:
-    """Signs of the rotation, the grids of the search, and for keys and values: unit, 8 magnitudes, 7 boundaries."""
+    """Signs of the rotation, the grids of the search, and for keys and values: unit, 8 magnitudes, 7 boundaries; for
+    vector values unit, 16 times 4 magnitudes."""
     parts = [np.array(Rotation(fmt.head_dim).signs), np.array(SEARCH)]
-    for bits in (fmt.bits_k, fmt.bits_v):
+    for bits in (fmt.bits_k,) if fmt.vector_values else (fmt.bits_k, fmt.bits_v):
         book = Codebook.lloyd_max(fmt.head_dim, bits)
         magnitudes, boundaries = (book.magnitudes, book.boundaries) if bits < 8 else ((), ())
         parts += [np.array([book.unit]), _padded(magnitudes, 8), _padded(boundaries, 7)]
+    if fmt.vector_values:
+        parts += [np.array([VECTOR.unit]), np.array(VECTOR.patterns).ravel()]
     return _evaluated(parts)
 
 
 @functools.lru_cache(None)
 def decoding(fmt: KVFormat) -> mx.array:
     """Level by code of keys, then of values."""
-    return _evaluated([_levels(fmt.head_dim, fmt.bits_k), _levels(fmt.head_dim, fmt.bits_v)])
+    return _evaluated([_levels(fmt.head_dim, fmt.bits_k), _value_levels(fmt)])
 
 
 @functools.lru_cache(64)
 def attention(fmt: KVFormat, factor: float) -> mx.array:
     """A factor for queries, the signs of the rotation, and the levels."""
     signs = np.array(Rotation(fmt.head_dim).signs)
-    return _evaluated([np.array([factor]), signs, _levels(fmt.head_dim, fmt.bits_k), _levels(fmt.head_dim, fmt.bits_v)])
+    return _evaluated([np.array([factor]), signs, _levels(fmt.head_dim, fmt.bits_k), _value_levels(fmt)])
 
 
 @functools.lru_cache(64)

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from golden_vectors import CASES, assert_matches, load
+from golden_vectors import CASES, HEAD_DIMS, assert_matches, load
 
 from tqai_plugins.core import reference
 from tqai_plugins.core.kv_format import SERVED_WIDTHS, KVFormat
+from tqai_plugins.core.vector_codebook import VECTOR
 
 pytestmark = pytest.mark.mlx
 mx = pytest.importorskip("mlx.core")
@@ -31,6 +32,19 @@ def test_random_vectors_read_back_as_the_reference_reads_them(head_dim, bits):
     expected = reference.dequantize(packed, np.array(scales), bits, head_dim)
     found = np.array(codec.rotate_back(codec.dequantize(words, scales, bits, head_dim)))
     assert np.abs(found - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_vector_values_are_the_golden_ones_and_read_back_as_the_reference_reads_them(head_dim):
+    x, packed, _ = load(head_dim, 2, vector=True)
+    words, scales = codec.quantize(mx.array(x), 2, vector=True)
+    assert np.array_equal(np.array(words).view(np.uint8), packed)
+    assert_matches(x, 2, packed, np.array(scales), vector=True)
+    x = np.random.default_rng(head_dim).standard_normal((50, head_dim)).astype(np.float16)
+    words, scales = codec.quantize(mx.array(x), 2, vector=True)
+    expected = reference.dequantize(np.array(words).view(np.uint8), np.array(scales), 2, head_dim, codebook=VECTOR)
+    found = np.array(codec.rotate_back(codec.dequantize(words, scales, 2, head_dim, vector=True)))
+    assert np.abs(found - expected).max() < 1e-5 and np.square(found - x).mean() < 0.105
 
 
 @pytest.mark.parametrize("bits", SERVED_WIDTHS)

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from golden_vectors import assert_matches
+from golden_vectors import assert_matches, load
 
 pytestmark = pytest.mark.mlx
 pytest.importorskip("mlx.core")
@@ -25,9 +25,11 @@ from tqai_plugins.core import reference
 from tqai_plugins.core.kv_format import KVFormat
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
+VECTOR = [KVFormat(k, 2, d, vector_values=True) for k, d in ((4, 64), (3, 80), (4, 128), (8, 256))]
 # Every width for keys and for values at every head_dim in turn.
 FORMATS = [KVFormat(k, v, d) for i, d in enumerate(HEAD_DIMS) for k, v in [((4, 2), (3, 3), (8, 8), (2, 4))[j % 4] for j in (i, i + 1)]]
-name = lambda fmt: f"D{fmt.head_dim}-K{fmt.bits_k}V{fmt.bits_v}"
+FORMATS += VECTOR
+name = lambda fmt: f"D{fmt.head_dim}-{fmt.name}"
 
 
 @pytest.fixture(autouse=True)
@@ -47,15 +49,24 @@ def test_store_writes_the_references_codes_and_dequantize_reads_them(fmt, dtype)
     slots = store(keys, values, fmt)
     packed = np.array(slots).view(np.uint8)
     scales = packed[..., -4:].view(np.float16)
-    for x, bits, codes, scale in (
-        (keys, fmt.bits_k, packed[..., : fmt.k_bytes], scales[..., 0]),
-        (values, fmt.bits_v, packed[..., fmt.k_bytes : -4], scales[..., 1]),
+    for x, bits, codes, scale, vector in (
+        (keys, fmt.bits_k, packed[..., : fmt.k_bytes], scales[..., 0], False),
+        (values, fmt.bits_v, packed[..., fmt.k_bytes : -4], scales[..., 1], fmt.vector_values),
     ):
-        assert_matches(np.array(x.astype(mx.float32)), bits, codes, scale)
+        assert_matches(np.array(x.astype(mx.float32)), bits, codes, scale, vector)
     room = mx.pad(slots, [(0, 0), (0, 0), (0, 5), (0, 0)])
     for found, plain in zip(dequantize(room, 6, fmt, dtype), codec.load(slots[:, :, :6], fmt)):
         assert found.dtype == dtype and found.shape == (2, 3, 6, fmt.head_dim)
         assert mx.allclose(found.astype(mx.float32), plain, rtol=5e-3, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("fmt", VECTOR, ids=name)
+def test_the_kernel_writes_the_golden_vector_values(fmt):
+    x, expected, scales = load(fmt.head_dim, 2, vector=True)
+    slots = store(mx.array(x)[None, None], mx.array(x)[None, None], fmt)
+    packed = np.array(slots)[0, 0].view(np.uint8)
+    assert np.array_equal(packed[:, fmt.k_bytes : -4], expected)
+    assert_matches(x, 2, expected, packed[:, -2:].copy().view(np.float16)[:, 0], vector=True)
 
 
 def close(found, expected, tolerance=2e-3) -> bool:
@@ -104,7 +115,7 @@ def test_scores_of_codes_gain_by_their_place(fmt, group, lengths, first):
 
 @sized(1 / 20, 25)
 @given(
-    fmt=st.sampled_from([K4V2, KVFormat(3, 3, 128)]), group=st.sampled_from([1, 4]), window=st.integers(0, 130),
+    fmt=st.sampled_from([K4V2, KVFormat(3, 3, 128), VECTOR[0]]), group=st.sampled_from([1, 4]), window=st.integers(0, 130),
     sinks=st.integers(0, 5), lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4), splits=st.integers(1, 3),
     first=st.one_of(st.just(0), st.integers(0, 199)), seed=st.integers(0, 2**31),
 )  # fmt: skip

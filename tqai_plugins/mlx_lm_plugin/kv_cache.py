@@ -12,6 +12,7 @@ from mlx_lm.models.cache import _BaseCache, create_attention_mask
 
 from ..core.codebook import Codebook
 from ..core.kv_format import FORMAT_VERSION
+from ..core.vector_codebook import VectorCodebook, codebook_of
 from ..metal_kernels import codec
 from ..metal_kernels.store import store
 from . import masks, mean_terms
@@ -188,9 +189,11 @@ class _Compressed(_BaseCache):
     def state(self) -> tuple:
         self._last = None
         o = self.options
-        books = _codebooks(self.head_dim, o.bits_k, o.bits_v) if self.head_dim else ""
+        books = _codebooks(self.head_dim, o) if self.head_dim else ""
+        # Vector values make it longer, so that a version without them refuses it.
         meta = (
             FORMAT_VERSION, o.bits_k, o.bits_v, o.sinks, o.residual_window, o.cache_strategy, self.shared, self.head_dim, books,
+            *([o.vector_values] if o.vector_values else []),
         )  # fmt: skip
         mean = () if o.key_mean is None else (mx.array(o.key_mean.numbers),)
         return self.columns, self.recent, self.sinks, self.length, self.ring, self.padding, self.recent_from, *mean, meta
@@ -199,10 +202,11 @@ class _Compressed(_BaseCache):
     def state(self, state) -> None:
         columns, recent, exact, length, ring, padding, recent_from, *mean, meta = state
         version, bits_k, bits_v, sinks, window, strategy, shared, head_dim, books = (*meta, *[None] * (9 - len(meta)))[:9]
-        if version != FORMAT_VERSION or len(meta) != 9:
+        if version != FORMAT_VERSION or len(meta) not in (9, 10):
             raise ValueError(f"this prompt cache has tqai's format {version}; this version reads {FORMAT_VERSION}: {ANEW}")
-        self.options = CacheOptions(bits_k, bits_v, sinks, window, strategy, key_means=_means_in(mean))
-        if head_dim and books != _codebooks(head_dim, bits_k, bits_v):
+        vector = bool(meta[9:]) and bool(meta[9])
+        self.options = CacheOptions(bits_k, bits_v, sinks, window, strategy, vector_values=vector, key_means=_means_in(mean))
+        if head_dim and books != _codebooks(head_dim, self.options):
             raise ValueError(f"this prompt cache was written with other codebooks than this process uses: take those, or {ANEW}")
         _check_state(self.options, head_dim, columns, recent, exact, length, ring, padding, recent_from)
         self.columns, self.recent, self.sinks, self.length, self.ring = columns, recent, exact, length, ring
@@ -248,13 +252,14 @@ def _stack(parts: list[tuple[mx.array | None, _Compressed]], width: int, like: m
     return mx.concatenate(aligned, 0)
 
 
-def _codebooks(head_dim: int, bits_k: int, bits_v: int) -> str:
+def _codebooks(head_dim: int, options: CacheOptions) -> str:
     """Which codebooks this process reads and writes such codes with."""
-    return "-".join(_digest(Codebook.lloyd_max(head_dim, bits)) for bits in (bits_k, bits_v))
+    kinds = (options.bits_k, False), (options.bits_v, options.vector_values)
+    return "-".join(_digest(codebook_of(head_dim, *kind)) for kind in kinds)
 
 
 @functools.lru_cache(None)
-def _digest(book: Codebook) -> str:
+def _digest(book: Codebook | VectorCodebook) -> str:
     return book.digest
 
 

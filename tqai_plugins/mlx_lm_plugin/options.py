@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 
 from ..core import cache_options
 from ..core.cache_options import check_key_means
-from ..core.kv_format import SERVED_WIDTHS, KVFormat, parse_name
+from ..core.kv_format import SERVED_WIDTHS, KVFormat
 from .key_mean import KeyMean
 
 
@@ -44,12 +44,6 @@ class CacheOptions(cache_options.CacheOptions):
         """Of the one layer whose options these are."""
         return (self.key_means or {}).get(0)
 
-    @property
-    def widths(self) -> set[int]:
-        """Of keys and values in all layers."""
-        pairs = [(self.bits_k, self.bits_v), *map(parse_name, (self.layer_formats or {}).values())]
-        return {bits for pair in pairs for bits in pair}
-
     def format(self, head_dim: int) -> KVFormat:
-        """The widths for a model with this head_dim."""
-        return KVFormat(self.bits_k, self.bits_v, head_dim)
+        """What is stored for a model with this head_dim."""
+        return KVFormat(self.bits_k, self.bits_v, head_dim, self.vector_values)

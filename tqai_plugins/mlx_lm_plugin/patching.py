@@ -33,7 +33,7 @@ def install(model: nn.Module, codebook=(), key_means=None, **options) -> None:
     given = CacheOptions.of(**options)
     given = replace(given, key_means=means_of(model, key_means, given))
     compat.check_version()
-    use_for(read_all(codebook), _head_dim(model), given.widths)
+    use_for(read_all(codebook), _head_dim(model), given.codebook_widths)
     uninstall(model)
     stock = make_prompt_cache(model)
     caches = [_compressed(cache, given.of_layer(i), _ProbedCache) for i, cache in enumerate(stock)]
