@@ -93,10 +93,12 @@ def test_the_command_writes_its_table_and_plot(folder, tmp_path, capsys):
     out, plot, text = tmp_path / "q.json", tmp_path / "q.png", tmp_path / "text.txt"
     text.write_text("The bees were on the south side of the tower. " * 30)
     argv = ["benchmark", "quality", "--model", folder, "--text", str(text), "--context", "256", "--windows", "2"]
-    assert main([*argv, "--formats", "k8v8:full,k4v4:4:16,k1v1:full,k1v8:full,k1v8:full+mean", "--json", str(out), "--plot", str(plot)]) == 0
+    assert main([*argv, "--formats", "k8v8:full,k4v4:4:16,k1v1:full,k1v8:full,k1v8:full+mean,k8v2:full,k8v2:full+vector", "--json", str(out), "--plot", str(plot)]) == 0
     data = json.loads(out.read_text())
     rows = {row["name"]: row for row in data["rows"]}
-    assert list(rows) == ["uncompressed", "bf16", "fp8", "int4_g64", "k8v8:full", "k4v4:4:16", "k1v1:full", "k1v8:full", "k1v8:full+mean"]
+    assert list(rows) == ["uncompressed", "bf16", "fp8", "int4_g64", "k8v8:full", "k4v4:4:16", "k1v1:full", "k1v8:full", "k1v8:full+mean", "k8v2:full", "k8v2:full+vector"]
+    assert rows["k8v2:full+vector"]["kld"] != rows["k8v2:full"]["kld"] and rows["k8v2:full+vector"]["bits"] == rows["k8v2:full"]["bits"]
+    assert rows["k8v2:full+vector"]["options"]["vector_values"] and not rows["k8v2:full"]["options"]["vector_values"]
     assert rows["uncompressed"]["kld"] == 0 and rows["uncompressed"]["tokens"] == 2 * 128
     assert 0 < rows["k8v8:full"]["kld"] < 0.01 < rows["k1v1:full"]["kld"]
     assert rows["k8v8:full"]["vectors_quantized"] == 2 * 255 * 4
@@ -116,6 +118,7 @@ def test_a_cache_that_was_not_read_fails(folder, capsys):
     "argv, sentence",
     [
         (("--formats", "q4"), "--formats has 'q4'; expected k<bits>v<bits>"),
+        (("--formats", "k4v4+vector"), "vector_values is True but bits_v is 4"),
         (("--context", "1"), "--context is 1; allowed are 4 and more"),
         (("--text", "/no/such/text"), "No such file or directory: /no/such/text"),
         (("--context", "100000"), "the text has"),

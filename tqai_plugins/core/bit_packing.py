@@ -84,6 +84,6 @@ def pack_patterns(index: np.ndarray, negative: np.ndarray) -> np.ndarray:
 
 
 def unpack_patterns(packed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The inverse of pack_patterns; every byte stands for something."""
+    """The inverse of pack_patterns: uint8 bytes [..., head_dim / 4] -> indices of that shape and bool [..., head_dim]."""
     negative = packed[..., None] >> _PATTERN_SIGNS & 1 > 0
     return packed & (1 << PATTERN_BITS) - 1, negative.reshape(*packed.shape[:-1], -1)

@@ -31,7 +31,7 @@ def add_parser(subparsers):
     parser.add_argument(
         "--formats",
         help="k<bits>v<bits>, each with an optional :strategy or :sinks:window of its own and an optional "
-        f"+mean: keys less their mean, learned first if the model's folder brings none ({DEFAULT_FORMATS}); for vllm a KV cache dtype with an optional :recent_memory",
+        f"+mean: keys less their mean, learned first if the model's folder brings none, and +vector: vector_values ({DEFAULT_FORMATS}); for vllm a KV cache dtype with an optional :recent_memory",
     )  # fmt: skip
     parser.add_argument("--strategy", default="residual", choices=("residual", "full", "incremental"))
     parser.add_argument("--sink-tokens", type=int, help="4 with residual, else 0")
@@ -65,18 +65,19 @@ class Entry:
     @classmethod
     def parse(cls, text: str, args) -> Entry:
         """From a word of --formats; ValueError says what is expected."""
-        found = re.fullmatch(r"(?:tqai_)?k([1-8])v([1-8])(?::(?:(\d+):(\d+)|(full|residual|incremental)))?(\+mean)?", text)
+        found = re.fullmatch(r"(?:tqai_)?k([1-8])v([1-8])(?::(?:(\d+):(\d+)|(full|residual|incremental)))?(\+mean)?(\+vector)?", text)
         if not found:
             raise ValueError(
                 f"--formats has {text!r}; expected k<bits>v<bits> with 1 to 8 bits, such as k4v2, k4v2:full "
-                "or, for 4 sinks and a window of 64, k4v4:4:64; any of them with +mean"
+                "or, for 4 sinks and a window of 64, k4v4:4:64; any of them with +mean, then +vector"
             )
-        bits_k, bits_v, sinks, window, strategy, mean = found.groups()
+        bits_k, bits_v, sinks, window, strategy, mean, vector = found.groups()
         options = {
             "bits_k": int(bits_k), "bits_v": int(bits_v),
             "cache_strategy": strategy or ("residual" if window else args.strategy),
             "sink_tokens": int(sinks) if sinks else args.sink_tokens,
             "residual_window": int(window) if window else args.residual_window,
+            "vector_values": vector is not None,
         }  # fmt: skip
         return cls(text, options, mean is not None)
 
