@@ -2,8 +2,8 @@
 
     from golden_vectors import assert_matches, load
 
-tests/golden/d<head_dim>.json holds, for each width (and d<head_dim>_vector.json for vector values), rows of [seed, exponent, codes, scale]: the input as
-`bell_shaped` makes it, its packed codes and its float16 scale (little-endian), both in hex. No row is near a tie
+tests/golden/d<head_dim>.json holds, for each width (and d<head_dim>_vector.json for vector values), rows of
+[seed, exponent, codes, scale]: the input as `bell_shaped` makes it, its packed codes and its float16 scale (little-endian), both in hex. No row is near a tie
 (see `is_tied`), so there is nothing to round differently. After a change of FORMAT_VERSION, and only then:
 
     python tests/golden_vectors.py
@@ -180,7 +180,8 @@ def make(head_dim: int, bits: int, vector: bool = False) -> list[list]:
     for exponent in EXPONENTS:
         live = exponent is not None and exponent > -60
         seed = next(s for s in seeds if not live or not tied(bell_shaped(s, exponent, head_dim)))
-        packed, scale = reference.quantize(bell_shaped(seed, exponent, head_dim), bits, codebook=codebook_of(head_dim, bits, vector))
+        x = bell_shaped(seed, exponent, head_dim)
+        packed, scale = reference.quantize(x, bits, codebook=codebook_of(head_dim, bits, vector))
         rows.append([seed, exponent, packed.tobytes().hex(), scale.astype("<f2").tobytes().hex()])
     return rows
 
