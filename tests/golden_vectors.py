@@ -3,8 +3,8 @@
     from golden_vectors import assert_matches, load
 
 tests/golden/d<head_dim>.json holds, for each width (and d<head_dim>_vector.json for vector values), rows of
-[seed, exponent, codes, scale]: the input as `bell_shaped` makes it, its packed codes and its float16 scale (little-endian), both in hex. No row is near a tie
-(see `is_tied`), so there is nothing to round differently. After a change of FORMAT_VERSION, and only then:
+[seed, exponent, codes, scale]: the input as `bell_shaped` makes it, its packed codes and its float16 scale (little-endian), both
+in hex. No row is near a tie (see `is_tied`), so there is nothing to round differently. After a change of FORMAT_VERSION, and only then:
 
     python tests/golden_vectors.py
 """

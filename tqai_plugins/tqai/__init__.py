@@ -24,9 +24,9 @@ def patch(model, **options):
     MLX: installs the cache in the model, for mlx_lm.generate and its server, until unpatch.
 
     Options: bits_k=4, bits_v=2, sink_tokens, residual_window=128, cache_strategy="auto", backend,
-    device, use_qjl=False, qjl_sketch_size=64, layer_formats, vector_values=False,
-    key_factors (those of the model's norms; None for none), key_means (what
-    key_means.learn(model, tokenizer) of the runtime's plugin returns; else, for transformers, a converted folder's, None for none); transformers_plugin.CacheOptions explains them.
+    device, use_qjl=False, qjl_sketch_size=64, layer_formats, vector_values=False, key_factors (those of the model's norms;
+    None for none), key_means (what key_means.learn(model, tokenizer) of the runtime's plugin returns; else, for
+    transformers, a converted folder's, None for none); transformers_plugin.CacheOptions explains them.
     codebook: a file of `tqai codebook build`, or a list of them, to be used instead of the shipped codebook.
     config: instead of widths, one of kv-only, kv+hidden8, kv+hidden6, kv+ffn8, all8, all6 and aggressive
     (core.activations), a format such as "tqai_k4v4", a preset of `tqai recommend` or a folder of `tqai convert`.
