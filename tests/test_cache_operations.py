@@ -91,7 +91,7 @@ def turned(means) -> torch.Tensor:
     cos, sin = means.rope.turns(positions)
     table = key_mean.make_table(cos, sin, means.pairs)
     coefficients = key_mean.coefficients(means.measured.means, means.pairs, key_mean.unit(cos))
-    return torch.from_numpy(key_mean.term(table, coefficients, means.pairs, HEAD_DIM))
+    return torch.from_numpy(key_mean.term(table, coefficients, means.pairs))
 
 
 class CacheOperations(RuleBasedStateMachine):

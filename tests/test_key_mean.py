@@ -41,7 +41,7 @@ def test_the_term_is_the_turned_mean_of_the_kept_pairs(unit):
     pairs = key_mean.choose_pairs(key_mean.energy(means))
     assert len(pairs) == key_mean.MEAN_PAIRS and {5, 9} <= set(pairs)
     table = key_mean.make_table(cos, sin, pairs)
-    got = key_mean.term(table, key_mean.coefficients(means, pairs, unit), pairs, HEAD_DIM)
+    got = key_mean.term(table, key_mean.coefficients(means, pairs, unit), pairs)
     kept = np.zeros(HEAD_DIM)
     kept[pairs] = kept[pairs + HEAD_DIM // 2] = 1
     expected = turned(np.broadcast_to(means * kept, (POSITIONS, HEADS, HEAD_DIM)), cos, sin)

@@ -76,7 +76,7 @@ def some_mean() -> tuple[KeyMean, np.ndarray]:
     mean = KeyMean.make(key_mean.LayerMeans(means, np.ones(HEADS), np.ones((2, HEAD_DIM // 2))), angles, 1.0)
     turns, pairs = np.arange(MOST_TOKENS + 50)[:, None] * np.float32(angles).astype(float), np.array(mean.pairs)
     table = key_mean.make_table(np.cos(turns), np.sin(turns), pairs)
-    return mean, key_mean.term(table, key_mean.coefficients(np.float32(means), pairs), pairs, HEAD_DIM).transpose(1, 0, 2)
+    return mean, key_mean.term(table, key_mean.coefficients(np.float32(means), pairs), pairs).transpose(1, 0, 2)
 
 
 MEAN, TERM = some_mean()

@@ -22,7 +22,7 @@ TILE = 64  # tokens a program
 )
 def _dequantize_kernel(
     pages, block_table, starts, ends, out_starts, k_out, v_out, k_levels, v_levels, hadamard,
-    mean_table, mean_place, mean_coefficients,
+    mean_table, mean_coefficients, mean_columns,
     table_stride, page_stride, head_stride, k_stride, v_stride,
     D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr,
     V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
@@ -61,7 +61,7 @@ def _dequantize_kernel(
         value = value * (scale.to(tl.float32) / SCALE_DENOMINATOR)[:, None]
         if MEAN and part == 0:
             heads = tl.zeros([TILE], tl.int32) + head
-            value += mean_term(mean_table, mean_place, mean_coefficients, token, heads, inside, D, DP, COLUMNS)
+            value += mean_term(mean_table, mean_coefficients, mean_columns, token, heads, inside, D, DP, COLUMNS)
         tl.store((out + head * D)[:, None] + d[None, :], value.to(k_out.dtype.element_ty), mask=inside)
 
 

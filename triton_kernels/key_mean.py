@@ -8,23 +8,33 @@ import triton.language as tl
 
 
 @triton.jit
-def mean_term(
-    table, place_ptr, coefficients, position, head, inside, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """core.key_mean.term: float32 [ROWS, DP] of positions and KV heads [ROWS]."""
-    place = tl.load(place_ptr + tl.arange(0, DP), mask=tl.arange(0, DP) < D, other=-1)
-    inside = inside & (place >= 0)[None, :]
-    place = tl.maximum(place, 0)
-    rows = table + position.to(tl.int64)[:, None] * COLUMNS + (place % COLUMNS)[None, :]
-    of_head = coefficients + head[:, None] * (2 * COLUMNS) + place[None, :]
-    cosines = tl.load(rows, mask=inside, other=0).to(tl.float32) * tl.load(of_head, mask=inside, other=0.0)
-    sines = tl.load(rows + COLUMNS // 2, mask=inside, other=0).to(tl.float32)
-    return cosines + sines * tl.load(of_head + COLUMNS // 2, mask=inside, other=0.0)
+def mean_term(table, coefficients, columns, position, head, inside, D: tl.constexpr, DP: tl.constexpr, COLUMNS: tl.constexpr):
+    """core.key_mean.term: float32 [ROWS, DP] of positions and KV heads [ROWS]; zeros where not inside [ROWS, DP]."""
+    d = tl.arange(0, DP)
+    column = tl.load(columns + d, mask=d < D, other=0)
+    rows = table + position.to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    of_head = coefficients + head[:, None] * (2 * D) + d[None, :]
+    cosine = tl.load(rows, mask=inside, other=0).to(tl.float32)
+    sine = tl.load(rows + COLUMNS // 2, mask=inside, other=0).to(tl.float32)
+    return cosine * tl.load(of_head, mask=inside, other=0.0) + sine * tl.load(of_head + D, mask=inside, other=0.0)
+
+
+@triton.jit
+def mean_weights(vectors, coefficients, coordinates, head, valid, D: tl.constexpr, COLUMNS: tl.constexpr):
+    """What queries at these addresses, of KV heads [ROWS], give each column of the table: float32 [ROWS, COLUMNS]."""
+    c = tl.arange(0, COLUMNS)
+    of_head = coefficients + (head * (2 * D))[:, None] + (c // (COLUMNS // 2) * D)[None, :]
+    weights = tl.zeros([vectors.shape[0], COLUMNS], tl.float32)
+    for side in tl.static_range(2):
+        at = tl.load(coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))[None, :]
+        part = tl.load(vectors[:, None] + at, mask=valid[:, None], other=0.0)
+        weights += part.to(tl.float32) * tl.load(of_head + at)
+    return weights
 
 
 def mean_arguments(mean, placeholder: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Table, place, coefficients and coordinates of a torch_kernels.KeyMean; the placeholder [...] for a kernel that is
+    """Table, coefficients, columns and coordinates of a torch_kernels.KeyMean; the placeholder [...] for a kernel that is
     compiled without it."""
     if mean is None:
         return (placeholder,) * 4
-    return mean.table, mean.place, mean.coefficients, mean.coordinates
+    return mean.table, mean.coefficients, mean.columns, mean.coordinates

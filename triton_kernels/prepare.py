@@ -15,7 +15,7 @@ from tqai_plugins.core.key_mean import COLUMNS
 from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
-from .key_mean import mean_arguments, mean_term
+from .key_mean import mean_arguments, mean_term, mean_weights
 from .recent import RecentPages
 from .rotation import rotate
 from .unpack import sign_plane
@@ -196,7 +196,7 @@ def _store_vectors(
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
     planes_ptr, q_scale_ptr, q_bias_ptr, signs,
-    position_ptr, mean_table, mean_place, mean_coefficients, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
+    position_ptr, mean_table, mean_coefficients, mean_columns, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
     num_query_rows, num_kv_rows, q_stride, k_stride, v_stride, page_stride, head_stride,
     recent_page_stride, recent_head_stride, softmax_scale,
     NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
@@ -243,18 +243,14 @@ def _prepare_kernel(
         twin = twin & stored  # beyond the step's tokens recent slots are old
     coded = x
     if MEAN:
-        c = tl.arange(0, COLUMNS)
-        w = tl.zeros([ROWS, COLUMNS], tl.float32)  # what a query gives each column of the table
+        weights = tl.zeros([ROWS, COLUMNS], tl.float32)  # what a query gives each column of the table
         if is_query:
-            of_head = mean_coefficients + (head // (NUM_Q_HEADS // NUM_KV_HEADS) * (2 * COLUMNS))[:, None] + c[None, :]
-            for side in tl.static_range(2):
-                at = tl.load(mean_coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))
-                part = tl.load(vectors[:, None] + at[None, :], mask=valid[:, None], other=0.0)
-                w += part.to(tl.float32) * tl.load(of_head + side * COLUMNS)
+            kv_head = head // (NUM_Q_HEADS // NUM_KV_HEADS)
+            weights = mean_weights(vectors, mean_coefficients, mean_coordinates, kv_head, valid, D, COLUMNS)
         elif is_key:
             position = tl.load(position_ptr + token, mask=valid, other=0)
             inside = stored[:, None] & (d < D)[None, :]
-            mean = mean_term(mean_table, mean_place, mean_coefficients, position, head, inside, D, DP, COLUMNS)
+            mean = mean_term(mean_table, mean_coefficients, mean_columns, position, head, inside, D, DP, COLUMNS)
             coded = (x.to(tl.float32) - mean).to(x.dtype)
     y = rotate(coded, sign, D, DP)
     if is_query:
@@ -269,8 +265,9 @@ def _prepare_kernel(
         # Codes hold m for m + 1/2: the missing halves of a score.
         tl.store(q_bias_ptr + query_row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
         if MEAN:
-            top = tl.maximum(tl.max(tl.abs(w), 1), 1e-20)
-            hi, lo = _in_planes(w, top)
+            top = tl.maximum(tl.max(tl.abs(weights), 1), 1e-20)
+            hi, lo = _in_planes(weights, top)
+            c = tl.arange(0, COLUMNS)
             out = mean_planes_ptr + (query_row * (2 * COLUMNS))[:, None] + c[None, :]
             tl.store(out, hi, mask=valid[:, None])
             tl.store(out + COLUMNS, lo, mask=valid[:, None])

@@ -132,25 +132,27 @@ def unit(cos: np.ndarray) -> float:
     return float(np.abs(cos).max())
 
 
-def coefficients(means: np.ndarray, pairs: np.ndarray, unit: float = 1.0) -> np.ndarray:
-    """float32 [heads, 2, COLUMNS] of means [heads, head_dim] before RoPE.
+def columns(pairs: np.ndarray, head_dim: int) -> np.ndarray:
+    """int [head_dim]: the table's column with a coordinate's cosine; its sine is MEAN_PAIRS further. 0 for those of other pairs."""
+    out = np.zeros(head_dim, int)
+    out[pairs] = out[pairs + head_dim // 2] = np.arange(len(pairs))
+    return out
 
-    R_p mu is table[p] times those of [head, 0] at a pair's first coordinate, summed over its cosine and its sine,
-    and those of [head, 1] at its second, which lies head_dim / 2 further.
-    """
+
+def coefficients(means: np.ndarray, pairs: np.ndarray, unit: float = 1.0) -> np.ndarray:
+    """float32 [heads, 2, head_dim] of means [heads, head_dim] before RoPE: a coordinate of R_p mu is its cosine in the table
+    times the first plus its sine times the second; zeros but in these pairs."""
     a, b = np.split(means, 2, -1)
-    a, b = a[:, pairs], b[:, pairs]
-    rows = np.stack([np.concatenate([a, -b], 1), np.concatenate([b, a], 1)], 1)
+    kept = np.tile(np.isin(np.arange(a.shape[-1]), pairs), 2)
+    rows = np.stack([means, np.concatenate([-b, a], -1)], 1) * kept
     return (rows * (unit / TABLE_TOP)).astype(np.float32, order="C")
 
 
-def term(table: np.ndarray, coefficients: np.ndarray, pairs: np.ndarray, head_dim: int) -> np.ndarray:
+def term(table: np.ndarray, coefficients: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """R_p mu: float32 [positions, heads, head_dim] for the positions of the table's rows [positions, COLUMNS]."""
-    products = table.astype(np.float32)[:, None, None, :] * coefficients[None]
-    sums = products[..., :MEAN_PAIRS] + products[..., MEAN_PAIRS:]
-    out = np.zeros((len(table), len(coefficients), head_dim), np.float32)
-    out[..., pairs], out[..., pairs + head_dim // 2] = sums[:, :, 0], sums[:, :, 1]
-    return out
+    at = columns(pairs, coefficients.shape[-1])
+    cosines, sines = (table[:, None, at + side].astype(np.float32) for side in (0, MEAN_PAIRS))
+    return cosines * coefficients[:, 0] + sines * coefficients[:, 1]
 
 
 def before_rope(keys: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:

@@ -70,8 +70,8 @@ class KeyMean:
         pairs = np.array(self.pairs)
         means = np.zeros((self.heads, self.head_dim))
         means[:, np.concatenate([pairs, pairs + self.head_dim // 2])] = self.means
-        by = key_mean.coefficients(means, pairs, self.unit)
+        by, columns = key_mean.coefficients(means, pairs, self.unit), key_mean.columns(pairs, self.head_dim)
         out = np.zeros((self.heads, COLUMNS, self.head_dim), np.float32)
-        for part, place in enumerate((pairs, pairs + self.head_dim // 2)):
-            out[:, np.arange(COLUMNS), np.tile(place, 2)] = by[:, part]
+        for part, column in enumerate((columns, columns + MEAN_PAIRS)):
+            out[:, column, np.arange(self.head_dim)] = by[:, part]
         return out

@@ -8,44 +8,37 @@ import numpy as np
 import torch
 
 from tqai_plugins.core import key_mean
-from tqai_plugins.core.key_mean import COLUMNS, MEAN_PAIRS
+from tqai_plugins.core.key_mean import MEAN_PAIRS
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """coordinates int32 [2, MEAN_PAIRS] (both coordinates of each pair), shared by the heads of a layer; coefficients
-    float32 [kv_heads, 2, COLUMNS]. place int32 [head_dim]: where among a head's coefficients a coordinate's cosine is, -1
-    for coordinates without a mean."""
+    """core.key_mean.coefficients, float32 [kv_heads, 2, head_dim], and what the heads of a layer share: core.key_mean.columns
+    as int32 [head_dim], and coordinates int32 [2, MEAN_PAIRS], both of each pair."""
 
-    coordinates: torch.Tensor
-    place: torch.Tensor
     coefficients: torch.Tensor
+    columns: torch.Tensor
+    coordinates: torch.Tensor
 
     @classmethod
     def of(cls, means: np.ndarray, pairs: np.ndarray, unit: float, device: torch.device) -> Coefficients:
         """means [kv_heads, head_dim] before RoPE; unit: of the table."""
         head_dim = means.shape[1]
-        coordinates = np.stack([pairs, pairs + head_dim // 2])
-        place = np.full(head_dim, -1)
-        place[coordinates] = np.arange(2)[:, None] * COLUMNS + np.arange(MEAN_PAIRS)
         as_int = lambda x: torch.tensor(x, dtype=torch.int32, device=device)
         rows = torch.tensor(key_mean.coefficients(means, pairs, unit), device=device)
-        return cls(as_int(coordinates), as_int(place), rows)
+        return cls(rows, as_int(key_mean.columns(pairs, head_dim)), as_int(np.stack([pairs, pairs + head_dim // 2])))
 
     def term_of(self, rows: torch.Tensor) -> torch.Tensor:
         """core.key_mean.term: float32 [tokens, kv_heads, head_dim] of the table's rows [tokens, COLUMNS]."""
-        products = rows.float()[:, None, None, :] * self.coefficients
-        sums = products[..., :MEAN_PAIRS] + products[..., MEAN_PAIRS:]
-        out = torch.zeros(len(rows), len(self.coefficients), len(self.place), device=rows.device)
-        first, second = self.coordinates.long()
-        out[..., first], out[..., second] = sums[:, :, 0], sums[:, :, 1]
-        return out
+        cosines, sines = (rows[:, None, self.columns + side].float() for side in (0, MEAN_PAIRS))
+        return cosines * self.coefficients[:, 0] + sines * self.coefficients[:, 1]
 
     def scores_of(self, query: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """query . term: float32 [batch, kv_heads, queries, tokens] of queries [batch, kv_heads, queries, head_dim]."""
-        first, second = (query[..., pairs.long()].repeat(1, 1, 1, 2) for pairs in self.coordinates)
-        by = self.coefficients[:, :, None]  # [kv_heads, 2, 1, COLUMNS]
-        return (first * by[:, 0] + second * by[:, 1]) @ rows.float().T
+        first, second = (
+            query[..., None, pairs] * self.coefficients[:, None, :, pairs] for pairs in self.coordinates.long()
+        )  # [batch, kv_heads, queries, 2, MEAN_PAIRS]
+        return (first + second).flatten(-2) @ rows.float().T
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class KeyMean(Coefficients):
     def make(cls, means: np.ndarray, pairs: np.ndarray, table: torch.Tensor, unit: float) -> KeyMean:
         """means [kv_heads, head_dim] before RoPE; table as core.key_mean.make_table's, on the layer's device."""
         of = Coefficients.of(means, pairs, unit, table.device)
-        return cls(of.coordinates, of.place, of.coefficients, table)
+        return cls(of.coefficients, of.columns, of.coordinates, table)
 
     def term(self, positions: torch.Tensor) -> torch.Tensor:
         """core.key_mean.term: float32 [tokens, kv_heads, head_dim] for positions int [tokens]."""

@@ -61,7 +61,7 @@ class PlacedMeans:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that it keeps; the table is shared."""
-        return [self.rope.table, self.columns, self.of.coordinates, self.of.place, self.of.coefficients]
+        return [self.rope.table, self.columns, self.of.coefficients, self.of.columns, self.of.coordinates]
 
     def _rows(self, start: int, end: int) -> torch.Tensor:
         return self.rope.rows(start, end, self.columns.device)[:, self.columns]
