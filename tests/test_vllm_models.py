@@ -8,6 +8,8 @@ import contextlib
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -138,6 +140,15 @@ def test_eight_bits_answer_as_the_models_own_cache(folders, kind):
     assert eight < min(CLOSE, two / 4)
 
 
+def test_the_same_requests_get_the_same_answers(folders):
+    """Bit for bit, on a GPU too: which of a request's splits is done last decides nothing."""
+    with engine(folders["full"], "tqai") as llm:
+        first = answers(llm)
+        for _ in range(3):
+            llm.reset_prefix_cache()
+            assert answers(llm) == first
+
+
 def adapter(folder: Path, model: str) -> str:
     """A LoRA that changes keys, values and queries of every layer."""
     from safetensors.torch import save_file
@@ -206,6 +217,35 @@ def test_sleep_and_wake(folders):
         assert distance(first, answers(llm)) < CLOSE
         with pytest.raises(Exception, match="at level 1 only"):
             llm.sleep(level=2)
+
+
+def tell_turboquant(model: str) -> None:
+    """Print whether our plugin is there, and what vLLM's own TurboQuant answers, in all layers, as a build without
+    FlashAttention-2 needs it."""
+    from unittest import mock
+
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+    from vllm.v1.attention.backends import turboquant_attn
+
+    everywhere = mock.patch.object(TurboQuantConfig, "get_boundary_skip_layers", lambda *a, **k: [])
+    with everywhere, mock.patch.object(turboquant_attn, "get_flash_attn_version", lambda **k: 3):
+        with engine(model, "turboquant_4bit_nc") as llm:
+            print(json.dumps(["tqai_plugins.vllm_plugin" in sys.modules, [list(tokens) for tokens, _ in answers(llm)]]))
+
+
+@pytest.mark.cuda
+def test_vllms_own_turboquant_answers_the_same_beside_this_plugin(folders):
+    code = "import sys, test_vllm_models; test_vllm_models.tell_turboquant(sys.argv[1])"
+    found = []
+    for plugins in ("none", "tqai"):
+        env = os.environ | {"VLLM_PLUGINS": plugins}
+        done = subprocess.run(
+            [sys.executable, "-c", code, folders["full"]], env=env, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True
+        )
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    (absent, alone), (present, beside) = found
+    assert present and not absent
+    assert alone == beside and len(set(map(tuple, alone))) == len(PROMPTS)
 
 
 @pytest.mark.cuda
