@@ -5,6 +5,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import operations
 import pytest
 
 try:
@@ -29,3 +30,9 @@ def pytest_collection_modifyitems(items):
         for marker, (here, reason) in NEEDS.items():
             if marker in item.keywords and not here:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter):
+    if operations.done:
+        each = ", ".join(f"{number:,} on {what}" for what, number in operations.done.items())
+        terminalreporter.write_line(f"{operations.done.total():,} random operations: {each}")

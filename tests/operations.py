@@ -1,10 +1,15 @@
-"""How much the tests of random operations do: the same each time, or TQAI_OPERATIONS=100000 for about so many new ones."""
+"""How much the tests of random operations do: the same each time, or TQAI_OPERATIONS=100000 for about so many new ones.
+
+pytest's summary says how many there were, by what they were done on.
+"""
 
 import os
+from collections import Counter
 
 from hypothesis import HealthCheck, settings
 
 MORE = int(os.environ.get("TQAI_OPERATIONS", "0"))
+done: Counter[str] = Counter()
 
 
 def sized(share: float, examples: int, **more):

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from operations import sized
+from operations import done, sized
 
 from tqai_plugins.core import key_mean
 from tqai_plugins.core.kv_format import KVFormat
@@ -111,6 +111,7 @@ class CacheOperations(RuleBasedStateMachine):
 
     def pick(self, data) -> int:
         type(self).operations += 1
+        done["the transformers cache"] += 1
         self.last = data.draw(st.integers(0, len(self.pairs) - 1), "which cache")
         return self.last
 
@@ -223,8 +224,7 @@ def test_the_transformers_cache_is_a_list_of_tokens(strategy, means):
     made = made_means.make(1, HEADS, HEAD_DIM, 3.0) if means else None
     given = {"strategy": strategy, "means": made, "turned": turned(made[0]) if made else None}
     machine = type(f"CacheOperations_{strategy}_{means}", (CacheOperations,), given)
-    run_state_machine_as_test(machine, settings=sized(1 / STEPS / 6, 25, stateful_step_count=STEPS))
-    print(f"{machine.operations} operations")
+    run_state_machine_as_test(machine, settings=sized(1 / STEPS / 6, 50, stateful_step_count=STEPS))
     assert machine.operations > 300
 
 
@@ -262,6 +262,7 @@ def test_pages_hold_each_token_where_its_slot_says(data, bits, head_dim, page_to
         if slots:
             key, value = torch.stack(new, 1)
             paged.store(key, value, pages, torch.tensor(slots), fmt, page_tokens)
+            done["pages"] += 1
         touched = {slot // page_tokens for slot in slots if slot >= 0}
         untouched = [i for i in range(count) if i not in touched]
         assert torch.equal(pages[untouched], before[untouched])
@@ -271,6 +272,7 @@ def test_pages_hold_each_token_where_its_slot_says(data, bits, head_dim, page_to
             start = data.draw(st.integers(0, len(tokens) - 1), "from")
             end = data.draw(st.integers(start + 1, len(tokens)), "to")
             found = paged.dequantize(pages, torch.tensor([int(page) for page in table]), start, end, fmt, page_tokens)
+            done["pages"] += 1
             for states, stored, width in zip(found, torch.stack(tokens[start:end], 1), bits):
                 expected = codec.dequantize_rotated(*codec.quantize(stored, width), width, head_dim)
                 assert torch.equal(states, expected)

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import sized
+from operations import done, sized
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows
 from tqai_plugins.triton_kernels.dequantize import dequantize
 from tqai_plugins.triton_kernels.prepare import Tiling, prepare
@@ -57,6 +57,7 @@ def test_kernels_on_random_pages(data, bits, head_dim, page):
     workspace = Workspace.allocate(query.shape[0], heads * group, head_dim, rows, DEVICE)
     pages = noise.clone().to(DEVICE)
     prepare(query, key, value, pages, slots.to(DEVICE), workspace, fmt, page, scale, tiling=TILING)
+    done["pages by Triton kernels"] += 1 + 2 * len(lengths)
 
     plain = noise.clone()
     paged.store(key.cpu(), value.cpu(), plain, slots, fmt, page)

@@ -15,7 +15,7 @@ import metal_shim
 import mlx.core as mx
 from hypothesis import given
 from hypothesis import strategies as st
-from operations import sized
+from operations import done, sized
 from tqai_plugins.metal_kernels import codec, launch
 from tqai_plugins.metal_kernels.check import Case, draw, relative_error
 from tqai_plugins.metal_kernels.dequantize import dequantize
@@ -122,6 +122,7 @@ def test_scores_of_codes_gain_by_their_place(fmt, group, lengths, first):
 def test_random_batches(fmt, group, window, sinks, lengths, splits, first, seed):
     """What lies behind the last token is NaN, so that it shows if it is read."""
     case = Case(fmt, group, tuple(lengths), window, sinks, seed=seed)
+    done["batches by Metal kernels"] += len(lengths)
     first = min(first, max(lengths) - 1)
     assert close(case.run(0.125, splits=splits, first=first), case.expected(0.125, first))
 

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 from mlx_lm.models import base as mlx_base
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
-from operations import sized
+from operations import done, sized
 from tqai_plugins.metal_kernels import codec
 
 from tqai_plugins.core import key_mean
@@ -102,6 +102,7 @@ class Caches(RuleBasedStateMachine):
         if not found:
             return None
         type(self).operations += 1
+        done["MLX caches"] += 1
         self.last = data.draw(st.sampled_from(found), "which cache")
         return self.last
 
@@ -176,6 +177,7 @@ class Caches(RuleBasedStateMachine):
         if singles:
             chosen = data.draw(st.lists(st.sampled_from(range(len(singles))), min_size=1, max_size=3), "which")
             type(self).operations += 1
+            done["MLX caches"] += 1
             self.add(
                 CompressedKVCache.merge([singles[i][0] for i in chosen]), [copy.deepcopy(singles[i][1][0]) for i in chosen]
             )
@@ -235,8 +237,7 @@ def test_mlx_caches_are_lists_of_tokens(strategy, means, tmp_path):
     dispatch.install()
     register()
     try:
-        run_state_machine_as_test(machine, settings=sized(1 / STEPS / 6, 25, stateful_step_count=STEPS))
+        run_state_machine_as_test(machine, settings=sized(1 / STEPS / 6, 40, stateful_step_count=STEPS))
     finally:
         dispatch.uninstall()
-    print(f"{machine.operations} operations")
     assert machine.operations > 150
