@@ -182,6 +182,13 @@ def test_a_draft_model(tmp_path):
     assert answer == alone("llama", CHATS[0], cache_strategy="full")
 
 
+def test_vector_values(tmp_path):
+    with serving(tmp_path, "--vector-values", "--cache-strategy", "full") as server:
+        answer, _ = server.ask(CHATS[0])
+    vector, plain = (alone("llama", CHATS[0], cache_strategy="full", vector_values=given) for given in (True, False))
+    assert answer == vector != plain
+
+
 def test_the_module_takes_the_same_flags(tmp_path):
     with serving(tmp_path, command=("-m", "tqai_plugins.mlx_lm_plugin.server", "--model")) as server:
         assert server.ask("short")[0] == alone("llama", "short")
@@ -192,6 +199,7 @@ def test_the_module_takes_the_same_flags(tmp_path):
     [
         (["--kv-cache-dtype", "tqai_k5v4"], "bits_k is 5; on MLX allowed are 2, 3, 4, 8"),
         (["--kv-cache-dtype", "turboquant"], "unknown KV cache format 'turboquant'"),
+        (["--kv-cache-dtype", "tqai_k4v4", "--vector-values"], "vector_values is True but bits_v is 4"),
         (["--kv-bits", "4"], "--kv-bits asks for mlx-lm's quantized cache; leave it out"),
         (["--residual-window", "-1"], "residual_window is -1"),
     ],

@@ -42,6 +42,13 @@ def test_options_reach_the_cache(folder, capsys):
     assert data["coded_tokens"] == data["prompt_tokens"] + data["new_tokens"] - 1 - 2
 
 
+def test_vector_values_from_the_command_line(folder, capsys):
+    argv = ("run", PROMPT, "--model", folder, "--max-tokens", "2", "--cache-strategy", "full")
+    plain, vector = output(capsys, *argv), output(capsys, *argv, "--vector-values")
+    assert "vector_values=True" in vector["cache"] and "vector_values=True" not in plain["cache"]
+    assert vector["cache_bytes"] == plain["cache_bytes"]
+
+
 def test_named_configurations_and_qjl(folder, capsys):
     argv = ("run", PROMPT, "--model", folder, "--max-tokens", "2")
     data = output(capsys, *argv, "--config", "aggressive", "--use-qjl", "--qjl-sketch-size", "32")
@@ -92,6 +99,7 @@ def test_first_difference():
         (("--config", "tqai", "--bits-k", "4"), "config 'tqai' already says bits_k; leave out one of them"),
         (("--config", "all9"), "config is 'all9'; expected one of kv-only, kv+hidden8"),
         (("--compress-ffn", "--bits-ffn", "1"), "bits_ffn is 1; allowed are the whole numbers 2 to 8"),
+        (("--vector-values", "--bits-v", "4"), "vector_values is True but bits_v is 4; it is allowed with 2 bits alone"),
         (("--cache-strategy", "best"), "cache_strategy is 'best'; allowed are"),
         (("--max-tokens", "0"), "--max-tokens is 0; allowed are 1 and more"),
         (("--backend", "mlx"), "backend is 'mlx'"),

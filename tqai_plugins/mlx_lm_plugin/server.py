@@ -26,6 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--kv-cache-dtype", help="tqai (4 and 2 bits), tqai_k<bits>v<bits> or a preset file of `tqai recommend` "
         "(what a folder of `tqai convert` is for, or tqai)",
     )  # fmt: skip
+    parser.add_argument(
+        "--vector-values", action="store_true", help="code 2-bit values four coordinates at once, which is closer"
+    )
     parser.add_argument("--sink-tokens", type=int, help="first tokens that stay exact (4)")
     parser.add_argument("--residual-window", type=int, default=128, help="newest tokens that stay exact (128)")
     parser.add_argument("--codebook", metavar="FILE", help="a file of `tqai codebook build` (the shipped codebooks)")
@@ -38,6 +41,7 @@ def cache_options(args: argparse.Namespace) -> dict:
 
     options = {
         "sink_tokens": args.sink_tokens, "residual_window": args.residual_window, "cache_strategy": args.cache_strategy,
+        "vector_values": args.vector_values,
     }  # fmt: skip
     if args.kv_cache_dtype and Path(args.kv_cache_dtype).is_file():
         options["layer_formats"] = dict(Preset.read(args.kv_cache_dtype).formats)

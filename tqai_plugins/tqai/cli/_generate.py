@@ -21,6 +21,9 @@ def add_cache_options(parser, max_tokens: int) -> None:
     )  # fmt: skip
     parser.add_argument("--bits-k", type=int, help="bits of a key's coordinate, 1 to 8 (4)")
     parser.add_argument("--bits-v", type=int, help="bits of a value's coordinate, 1 to 8 (2)")
+    parser.add_argument(
+        "--vector-values", action="store_true", default=None, help="code 2-bit values four coordinates at once, which is closer"
+    )
     parser.add_argument("--cache-strategy", help="auto, residual, full or incremental (auto, which is residual)")
     parser.add_argument("--sink-tokens", type=int, help="first tokens kept exact (4 with residual, else 0)")
     parser.add_argument("--residual-window", type=int, help="last tokens kept exact with residual (128)")
@@ -40,7 +43,7 @@ def add_cache_options(parser, max_tokens: int) -> None:
 
 
 OPTIONS = (
-    "bits_k", "bits_v", "cache_strategy", "sink_tokens", "residual_window", "use_qjl", "qjl_sketch_size",
+    "bits_k", "bits_v", "vector_values", "cache_strategy", "sink_tokens", "residual_window", "use_qjl", "qjl_sketch_size",
     "compress_hidden", "bits_hidden", "compress_ffn", "bits_ffn", "backend",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ def add_parser(subparsers):
     parser.add_argument(
         "--mlx", nargs=argparse.REMAINDER, required=True, metavar="MODEL",
         help="the model, and then any flag of mlx_lm.server, --kv-cache-dtype, --sink-tokens, --residual-window, "
-        "--cache-strategy; --mlx --help prints them",
+        "--vector-values, --cache-strategy; --mlx --help prints them",
     )  # fmt: skip
     return parser
 
