@@ -45,9 +45,9 @@ class TurnedMeans:
 
     def on(self, device: torch.device) -> PlacedMeans:
         """For the keys of a cache there."""
-        columns = np.concatenate([self.pairs, self.pairs + self.rope.head_dim // 2])
+        rope_columns = np.concatenate([self.pairs, self.pairs + self.rope.head_dim // 2])
         of = Coefficients.of(self.measured.means, self.pairs, self.rope.unit, device)
-        return PlacedMeans(self.rope, torch.from_numpy(columns).to(device), of)
+        return PlacedMeans(self.rope, torch.from_numpy(rope_columns).to(device), of)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,16 +55,16 @@ class PlacedMeans:
     """Key means on a device. The same positions give the same numbers whenever they are asked for."""
 
     rope: Rope
-    columns: torch.Tensor
+    rope_columns: torch.Tensor  # of RoPE's table, which make the rows of the means'
     of: Coefficients
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that it keeps; the table is shared."""
-        return [self.rope.table, self.columns, self.of.coefficients, self.of.columns, self.of.coordinates]
+        return [self.rope.table, self.rope_columns, self.of.coefficients, self.of.columns, self.of.coordinates]
 
     def _rows(self, start: int, end: int) -> torch.Tensor:
-        return self.rope.rows(start, end, self.columns.device)[:, self.columns]
+        return self.rope.rows(start, end, self.rope_columns.device)[:, self.rope_columns]
 
     def term(self, start: int, end: int) -> torch.Tensor:
         """float32 [kv_heads, end - start, head_dim]: the means at these positions."""
