@@ -93,7 +93,7 @@ def launches(name: str) -> dict:
         "decode": lambda: decode.decode_attention(
             workspace, pages, table, lengths, query, fmt, PAGE, recent=recent, mean=mean, ptx=True, num_splits=6
         ),
-        "merge": lambda: merge(workspace.partial, workspace.lse, query, decode.MAX_SPLITS),
+        "merge": lambda: merge(workspace.partial, workspace.lse, lengths, query, decode.MAX_SPLITS),
         "dequantize": lambda: dequantize(pages, table, lengths, lengths, lengths, key, key, fmt, PAGE, 1, rotated=False, mean=mean),
     }  # fmt: skip
 

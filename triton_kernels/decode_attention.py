@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 
 from tqai_plugins.core.key_mean import COLUMNS
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, SCALE_DENOMINATOR, KVFormat
+from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
 from .key_mean import mean_arguments
-from .merge import finish, merge
+from .merge import MERGED_SPLITS, TILE, finish, merge, shares
 from .recent import RecentPages
 from .unpack import (
     PLANES,
@@ -35,9 +35,7 @@ from .unpack import (
 )
 from .workspace import Workspace
 
-TILE = RECENT_PAGE_TOKENS  # tokens a step
 MAX_SPLITS = 128
-MERGED_SPLITS = 16  # up to so many are merged by the program that is done last, more by a launch of their own
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,7 @@ def _decode_kernel(
     table_stride, page_stride, head_stride, recent_page_stride, recent_head_stride,
     num_splits, merges, window, soft_cap,
     NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BITS_K: tl.constexpr, BITS_V: tl.constexpr, MERGED_SPLITS: tl.constexpr,
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
@@ -266,18 +264,17 @@ def _decode_kernel(
     c = first_row + tl.arange(0, C) // 2
     query_row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
     column_row = (sequence * QUERY_LEN + c // GROUP) * NUM_Q_HEADS + head * GROUP + c % GROUP
-    real = r < GROUP * QUERY_LEN
-    real_column = c < GROUP * QUERY_LEN
     plane = tl.arange(0, C) % 2
+
+    tiles = tl.cdiv(length, TILE)
+    # Of a short sequence some splits have no tile: they do and store nothing.
+    first_tile, per_split, splits = shares(length, num_splits, window, QUERY_LEN, WINDOW, TILE)
+    real = (r < GROUP * QUERY_LEN) & (split < splits)
+    real_column = (c < GROUP * QUERY_LEN) & (split < splits)
     scale = tl.load(q_scale + query_row, mask=real, other=0.0)
     bias = tl.load(q_bias + query_row, mask=real, other=0.0)
     last_seen = length - QUERY_LEN + r // GROUP  # position of each row's query
 
-    tiles = tl.cdiv(length, TILE)
-    first_tile = 0
-    if WINDOW:
-        first_tile = tl.maximum(length - QUERY_LEN - window + 1, 0) // TILE
-    per_split = tl.cdiv(tiles - first_tile, num_splits)
     start = first_tile + split * per_split
     stop = tl.minimum(start + per_split, tiles)
     coded_stop = stop
@@ -432,16 +429,16 @@ def _decode_kernel(
     log_total = tl.where(total == 0, -1e30, tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse + out_row, ref + log_total, mask=real)
 
-    if merges:
+    if merges & (splits <= MERGED_SPLITS) & (split < splits):
         tl.debug_barrier()  # all threads have stored before one of them says so
         counter = arrivals + sequence * tl.num_programs(1) + tl.program_id(1)
         done = 1
-        if num_splits > 1:
+        if splits > 1:
             done += tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
-        if done == num_splits:
+        if done == splits:
             tl.store(counter, 0)  # for the next launch
             # Few lanes at a time: the loop above sets the registers.
-            finish(partial, lse, query_row.to(tl.int64), real, num_splits, out_ptr, out_stride, sinks, lse_out, signs,
+            finish(partial, lse, query_row.to(tl.int64), real, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
                    NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT, SCALE_DENOMINATOR)
 
 
@@ -505,9 +502,10 @@ def decode_attention(
     mean=None,
     ptx: bool | None = None,
     tuned: Tuning | None = None,
+    merged: bool = True,
 ) -> None:
-    """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. One launch, with many
-    splits two.
+    """softmax(q k^T) v for the last query_len tokens of each sequence, over stored codes. One launch, and a second
+    where there are many splits.
 
     Queries lie in the workspace (see prepare), sequence by sequence. pages uint8 [num_pages, kv_heads,
     page_bytes]; block_table int32 [sequences, >= pages of the longest]; seq_lens int32 [sequences],
@@ -515,7 +513,8 @@ def decode_attention(
     model's dtype. sinks float32 [q_heads]: logits without a value. lse float32 [sequences * query_len,
     q_heads], filled with the natural log-sum-exp if given. recent: 8-bit copies of the first and the last tokens,
     read in place of their codes. mean: the torch_kernels.KeyMean that prepare took off the keys, with a table of whole
-    tiles of positions. A sequence of length 0 gets zeros. ValueError if the workspace is too small.
+    tiles of positions. A sequence of length 0 gets zeros. merged: without it parts stay in the workspace and output as it
+    is, to time one without the other. ValueError if the workspace is too small.
     """
     num_sequences = seq_lens.shape[0]
     num_q_heads, head_dim = output.shape[-2:]
@@ -550,9 +549,9 @@ def decode_attention(
         workspace.arrivals, output, workspace.lse if sinks is None else sinks, workspace.lse if lse is None else lse,
         device_tables.signs(head_dim, padded, device), output.stride(0),
         block_table.stride(0), pages.stride(0), pages.stride(1), copy.pages.stride(0), copy.pages.stride(1), splits,
-        int(splits <= MERGED_SPLITS), sliding_window or 0, soft_cap or 0.0,
+        int(merged), sliding_window or 0, soft_cap or 0.0,
         num_q_heads, group, query_len, columns, head_dim, padded, fmt.bits_k, fmt.bits_v,
-        fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
+        MERGED_SPLITS, fmt.k_bytes, layout.v_codes, layout.k_scales, layout.v_scales, page_tokens, TILE,
         *_tile_bytes(fmt, ptx),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
@@ -561,5 +560,8 @@ def decode_attention(
         SCALE_DENOMINATOR,
         num_warps=tuned.warps, maxnreg=tuned.registers,
     )
-    if splits > MERGED_SPLITS:
-        merge(workspace.partial, workspace.lse, output, splits, sinks=sinks, lse_out=lse)
+    if merged and splits > MERGED_SPLITS:
+        merge(
+            workspace.partial, workspace.lse, seq_lens, output, splits, query_len=query_len, sliding_window=sliding_window,
+            sinks=sinks, lse_out=lse,
+        )

@@ -32,8 +32,8 @@ class Tiling:
     warps: int
 
 
-# By the number of vectors from which each is taken: one for latency, one for throughput (README.md).
-TILINGS = {0: Tiling(8, len(SEARCH) // 2, 4), 4096: Tiling(16, 1, 4)}
+# By the number of vectors from which each is taken: from latency to throughput (README.md).
+TILINGS = {0: Tiling(8, len(SEARCH) // 2, 4), 512: Tiling(4, len(SEARCH) // 4, 2), 4096: Tiling(16, 1, 4)}
 
 
 def choose_tiling(vectors: int) -> Tiling:

@@ -322,8 +322,8 @@ class Impl(TurboQuantAttentionImpl):
         )
         calls = {("store", n, self.shape): functools.partial(store, tiling) for n, tiling in TILINGS.items()} | {
             ("attend", self.shape): attend,
-            ("merge", self.num_heads, self.head_size, self.sinks is not None): lambda: merge(
-                self.workspace.partial, self.workspace.lse, out, 1, sinks=self.sinks
+            ("merge", self.num_heads, self.head_size, self.window is not None, self.sinks is not None): lambda: merge(
+                self.workspace.partial, self.workspace.lse, zero, out, 1, sliding_window=self.window, sinks=self.sinks
             ),
             ("read", self.shape): lambda: read(pages, self.fmt, page_tokens, mean),
         }
