@@ -259,40 +259,25 @@ def _decode_kernel(
     first_row = (tl.program_id(1) % TILES_OF_ROWS) * H
     split = tl.program_id(2)
 
-    length = tl.load(seq_lens + sequence)
     r = first_row + tl.arange(0, H)
     c = first_row + tl.arange(0, C) // 2
     query_row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
     column_row = (sequence * QUERY_LEN + c // GROUP) * NUM_Q_HEADS + head * GROUP + c % GROUP
+    real = r < GROUP * QUERY_LEN
+    real_column = c < GROUP * QUERY_LEN
     plane = tl.arange(0, C) % 2
-
-    tiles = tl.cdiv(length, TILE)
-    # Of a short sequence some splits have no tile: they do and store nothing.
-    first_tile, per_split, splits = shares(length, num_splits, window, QUERY_LEN, WINDOW, TILE)
-    real = (r < GROUP * QUERY_LEN) & (split < splits)
-    real_column = (c < GROUP * QUERY_LEN) & (split < splits)
-    scale = tl.load(q_scale + query_row, mask=real, other=0.0)
-    bias = tl.load(q_bias + query_row, mask=real, other=0.0)
-    last_seen = length - QUERY_LEN + r // GROUP  # position of each row's query
-
-    start = first_tile + split * per_split
-    stop = tl.minimum(start + per_split, tiles)
-    coded_stop = stop
-    firsts = 0  # tiles of this split before the coded ones
-    if RECENT:  # the first tile and the last one or two are read from their 8-bit copies
-        oldest = tl.load(recent_table + 3 * sequence)
-        older = tl.load(recent_table + 3 * sequence + 1)
-        newer = tl.load(recent_table + 3 * sequence + 2)
-        copied = tl.where(newer < 0, 0, tl.where(older < 0, 1, 2))
-        coded_stop = tl.minimum(stop, tiles - copied)
-        firsts = tl.where((oldest >= 0) & (start == 0) & (start < coded_stop), 1, 0)
-    coded_start = start + firsts
-
     n = tl.arange(0, TILE)
     jk = tl.arange(0, KB)
     jv = tl.arange(0, VB)
     F_K: tl.constexpr = 1 if BITS_K == 8 or not USE_PTX else (2 if BITS_K == 4 else 4)
     F_V: tl.constexpr = 1 if BITS_V == 8 or not USE_PTX else (2 if BITS_V == 4 else 4)
+
+    # All that needs nothing else is asked for before any of it is used.
+    length = tl.load(seq_lens + sequence)
+    if RECENT:
+        oldest = tl.load(recent_table + 3 * sequence)
+        older = tl.load(recent_table + 3 * sequence + 1)
+        newer = tl.load(recent_table + 3 * sequence + 2)
     if F_K == 1:
         q0 = _query_plane(planes, column_row, plane, jk, real_column, D)
     else:
@@ -307,6 +292,24 @@ def _decode_kernel(
             mean_planes + (column_row * 2 + plane)[None, :] * COLUMNS + jm[:, None], mask=real_column[None, :], other=0
         )
         scale_mean = tl.load(mean_scale + query_row, mask=real, other=0.0)
+    scale = tl.load(q_scale + query_row, mask=real, other=0.0)
+    bias = tl.load(q_bias + query_row, mask=real, other=0.0)
+    # Tables of the byte permutes. Loads and broadcasts let the compiler decode in the operand's layout.
+    k_p, k_q = _permute_table(k_levels, TILE, KB)
+    v_p, v_q = _permute_table(v_levels, VB, TILE)
+
+    first_tile, per_split, splits = shares(length, num_splits, window, QUERY_LEN, WINDOW, TILE)
+    tiles = tl.cdiv(length, TILE)
+    start = first_tile + split * per_split
+    stop = tl.minimum(start + per_split, tiles)
+    coded_stop = stop
+    firsts = 0  # tiles of this split before the coded ones
+    if RECENT:  # the first tile and the last one or two are read from their 8-bit copies
+        copied = tl.where(newer < 0, 0, tl.where(older < 0, 1, 2))
+        coded_stop = tl.minimum(stop, tiles - copied)
+        firsts = tl.where((oldest >= 0) & (start == 0) & (start < coded_stop), 1, 0)
+    coded_start = start + firsts
+    last_seen = length - QUERY_LEN + r // GROUP  # position of each row's query
     ref = tl.full([H], -1e30, tl.float32)
     v_unit = tl.full([], 1e-30, tl.float32)
     total = tl.zeros([TILE, H], tl.float32)
@@ -315,9 +318,6 @@ def _decode_kernel(
     a1 = tl.zeros([VB if F_V >= 2 else 1, C], tl.int32)
     a2 = tl.zeros([VB if F_V == 4 else 1, C], tl.int32)
     a3 = tl.zeros([VB if F_V == 4 else 1, C], tl.int32)
-    # Tables of the byte permutes. Loads and broadcasts let the compiler decode in the operand's layout.
-    k_p, k_q = _permute_table(k_levels, TILE, KB)
-    v_p, v_q = _permute_table(v_levels, VB, TILE)
     if BITS_K == 3:
         k_lift = tl.reshape(tl.broadcast_to(tl.reshape(sign_lift(), [1, 1, 2, 1]), [TILE, KB // 8, 2, 4]), [TILE, KB])
     if BITS_V == 3:
@@ -415,6 +415,7 @@ def _decode_kernel(
 
     total = tl.sum(total, 0)
     half = tl.sum(half, 0)
+    real = real & (split < splits)  # of a short sequence some splits have no tile: they store nothing
     out_row = query_row.to(tl.int64) * num_splits + split
     inverse = 1.0 / tl.where(total == 0, 1.0, total)
     # Rows beyond the group are not stored: their column points nowhere.
