@@ -5,9 +5,9 @@
 //   q [batch, q_heads, 1, D]; slots [batch, kv_heads, capacity, WORDS]; recent, sinks [batch, 2 kv_heads, .., D]
 //   tables: softmax scale times log2(e), D signs, 16 levels of keys, 16 of values
 //   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, KV heads,
-//   sequences
+//   sequences, positions of the bias
 //   rows [2, batch]: first column of a sequence, first column that `recent` holds
-//   bias [batch, q_heads, tokens]: what base-2 scores of codes gain by their place in a sequence, with BIAS
+//   bias [batch, q_heads, positions]: what base-2 scores of codes gain by their place in a sequence, with BIAS
 // -> sums [batch, q_heads, splits, D], stats [batch, q_heads, splits, 2]: base-2 maximum and total weight.
 // D: head_dim; BK, BV: bits, or VECTOR; GROUP: query heads a KV head; G: those of a block; U: tokens a group of lanes takes at
 // once (see dots in common.metal); PER: coordinates a lane; SG: simdgroups a threadgroup; EXACT: whether there are
@@ -118,7 +118,7 @@
             float found = own_score<G, U, LANES>(score) * of_key;
             if (BIAS) {
                 const size_t head = (size_t(b) * heads + kv_head) * GROUP + metal::min(first_head + own_head, GROUP - 1);
-                found += bias[head * sizes[0] + metal::min(now, last) - start];
+                found += bias[head * sizes[9] + metal::min(now, last) - start];
             }
             const float weight = weigh<G, U, PER>(now < end ? found : -3e38f, top, total, sum) * of_value;
             UNROLL for (int u = 0; u < U; u++) {

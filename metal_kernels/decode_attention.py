@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -40,44 +43,82 @@ def decode_attention(
     at `ring`; sinks [batch, 2 kv_heads, count, head_dim]: the first tokens of each sequence; keys in the first half.
     rows int32 [2, batch]: first column of each sequence, and the first that `recent` really holds. Columns before
     `first` are not seen (sliding window). extra [q_heads]: logits without a value, or None. bias float32
-    [batch, q_heads, length]: what scores of codes gain, by their place in their sequence, times log2(e), or None.
+    [batch, q_heads, length or more]: what scores of codes gain, by their place in their sequence, times log2(e), or None.
     splits: threadgroups that share a head's codes; by default as many as fill the machine.
     """
-    batch, q_heads, _, head_dim = queries.shape
-    heads = slots.shape[1]
-    group = q_heads // heads
+    batch, q_heads, _, _ = queries.shape
+    _, heads, capacity, _ = slots.shape
+    exact, counts = recent is not None or sinks is not None, [0 if x is None else x.shape[2] for x in (recent, sinks)]
+    positions = 0 if bias is None else bias.shape[2]
+    if splits is None:
+        share = _share(fmt.head_dim, q_heads // heads)
+        most = THREADGROUPS // (batch * heads * share.blocks) - exact
+        splits = max(1, min(-(-length // share.at_once), most))
+    sizes = tables.numbers(length, splits, capacity, counts[0], ring, counts[1], first, heads, batch, positions)
+    plan = _Plan(fmt, scale, splits, queries.shape, slots.shape, *counts, positions)
+    return launch.traced(_attend, plan, queries, slots, sizes, rows, recent, sinks, extra, bias)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What a threadgroup takes at once of the heads and tokens of a KV head."""
+
+    coordinates: int  # a lane
+    heads: int  # query heads
+    blocks: int  # of so many heads, which the query heads of a KV head make
+    tokens: int  # a group of lanes
+    simdgroups: int
+    at_once: int  # tokens of all simdgroups
+
+
+@functools.lru_cache(None)
+def _share(head_dim: int, group: int) -> _Share:
     coordinates = 8 if head_dim <= 256 else 16
     across = lanes(head_dim, coordinates)  # lanes of one vector
     together = min(HEADS_AT_ONCE, across, NUMBERS // 2 // coordinates, 1 << (group - 1).bit_length())
     tokens = min(TOKENS_AT_ONCE, across // together)
-    blocks = -(-group // together)
     simdgroups = max(1, min(4, 4096 // (together * head_dim)))  # 16 KiB of threadgroup memory
+    return _Share(coordinates, together, -(-group // together), tokens, simdgroups, simdgroups * 32 // across * tokens)
+
+
+class _Plan(NamedTuple):
+    """What launches depend on: the same for all layers of a step, and mostly for the next step."""
+
+    fmt: KVFormat
+    scale: float
+    splits: int
+    queries: tuple[int, ...]
+    slots: tuple[int, ...]
+    recent: int
+    sinks: int
+    positions: int  # of the bias
+
+
+def _attend(plan: _Plan, queries, slots, sizes, rows, recent, sinks, extra, bias) -> mx.array:
+    fmt, splits = plan.fmt, plan.splits
+    batch, q_heads, _, head_dim = queries.shape
+    heads = slots.shape[1]
+    share = _share(head_dim, q_heads // heads)
     exact = recent is not None or sinks is not None
-    if splits is None:
-        at_once = simdgroups * 32 // across * tokens
-        splits = max(1, min(-(-length // at_once), THREADGROUPS // (batch * heads * blocks) - exact))
     dtype = next((x.dtype for x in (recent, sinks) if x is not None), queries.dtype)
     none = tables.nothing(dtype)
-    counts = [0 if x is None else x.shape[2] for x in (recent, sinks)]
     parts = splits + exact
     sums, stats = launch.launch(
         "decode_attention",
         {
             "q": queries, "slots": slots, "recent": none if recent is None else recent,
             "sinks": none if sinks is None else sinks,
-            "tables": tables.attention(fmt, scale * math.log2(math.e)),
-            "bias": tables.nothing(mx.float32) if bias is None else bias,
-            "sizes": tables.numbers(length, splits, slots.shape[2], counts[0], ring, counts[1], first, heads, batch),
-            "rows": rows,
+            "tables": tables.attention(fmt, plan.scale * math.log2(math.e)),
+            "bias": tables.nothing(mx.float32) if bias is None else bias, "sizes": sizes, "rows": rows,
         },
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
-            "T": queries.dtype, "E": dtype, **launch.template(fmt), "GROUP": group,
-            "G": together, "U": tokens, "PER": coordinates, "SG": simdgroups, "EXACT": int(exact),
+            "T": queries.dtype, "E": dtype, **launch.template(fmt), "GROUP": q_heads // heads,
+            "G": share.heads, "U": share.tokens, "PER": share.coordinates, "SG": share.simdgroups, "EXACT": int(exact),
             "BIAS": int(bias is not None),
         },
-        (parts, heads * blocks, batch),
-        simdgroups,
+        (parts, heads * share.blocks, batch),
+        share.simdgroups,
     )  # fmt: skip
     return merge(sums, stats, fmt, splits, exact, extra, queries.dtype)
 

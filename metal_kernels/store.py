@@ -24,6 +24,11 @@ def store(keys: mx.array, values: mx.array, fmt: KVFormat) -> mx.array:
     """Rotate, quantize and pack: [batch, kv_heads, tokens, head_dim] -> uint32 [batch, kv_heads, tokens, slot_words]."""
     if not launch.available():
         return codec.store(keys, values, fmt)
+    return launch.traced(_store, (fmt, keys.shape), keys, values)
+
+
+def _store(plan: tuple, keys: mx.array, values: mx.array) -> mx.array:
+    fmt, _ = plan
     count = keys.size // fmt.head_dim
     (slots,) = launch.launch(
         "store",

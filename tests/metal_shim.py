@@ -1,7 +1,7 @@
 """Runs kernels of tqai_plugins.metal_kernels on the CPU: the text that MLX generates for Metal, compiled against metal_shim.h.
 
-`launch` stands in for metal_kernels.launch.launch. MLX prints its text when a call is exported, even without a
-Metal device.
+`install` puts them in the place of what metal_kernels.launch has. MLX prints its text when a call is exported, even
+without a Metal device.
 """
 
 import ctypes
@@ -152,3 +152,14 @@ def _to_mlx(raw: np.ndarray, shape, dtype) -> mx.array:
 @functools.wraps(real.available)
 def available() -> bool:
     return True
+
+
+def traced(function, plan, *arrays):
+    """As metal_kernels.launch.traced, at once: `launch` reads numbers, which a trace lacks."""
+    return function(plan, *arrays)
+
+
+def install(monkeypatch, launch=launch) -> None:
+    """Let metal_kernels launch by `launch`, which calls this module's, for as long as the patch lasts."""
+    for name, stand_in in (("launch", launch), ("traced", traced), ("available", available)):
+        monkeypatch.setattr(real, name, stand_in)

@@ -10,7 +10,6 @@ cindex = pytest.importorskip("clang.cindex", reason="needs libclang: pip install
 
 import metal_shim
 import mlx.core as mx
-from tqai_plugins.metal_kernels import launch
 from tqai_plugins.metal_kernels.check import Case, draw
 from tqai_plugins.metal_kernels.dequantize import dequantize
 from tqai_plugins.metal_kernels.store import store
@@ -51,8 +50,7 @@ def launches() -> dict[str, list]:
         return metal_shim.launch(name, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "launch", note)
-        patch.setattr(launch, "available", metal_shim.available)
+        metal_shim.install(patch, note)
         for fmt in (KVFormat(4, 2, 64), KVFormat(3, 8, 80), KVFormat(4, 2, 64, vector_values=True)):
             x = draw(1, 1, 2, 5, fmt.head_dim)
             dequantize(store(x, x, fmt), 5, fmt, mx.float16)

@@ -34,8 +34,7 @@ name = lambda fmt: f"D{fmt.head_dim}-{fmt.name}"
 
 @pytest.fixture(autouse=True)
 def shim(monkeypatch):
-    monkeypatch.setattr(launch, "launch", metal_shim.launch)
-    monkeypatch.setattr(launch, "available", metal_shim.available)
+    metal_shim.install(monkeypatch)
 
 
 @pytest.mark.parametrize(

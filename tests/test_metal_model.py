@@ -15,7 +15,6 @@ import mlx_models
 import tqai
 from mlx_lm.models.cache import make_prompt_cache
 from test_mlx_cache import batched, greedy, prompt
-from tqai_plugins.metal_kernels import launch
 
 from tqai_plugins.mlx_lm_plugin import CompressedKVCache, key_means
 
@@ -41,8 +40,7 @@ def test_batches_with_a_late_joiner_give_the_same_tokens(monkeypatch, kind, opti
         launched.append((name, np.array(inputs["rows"])[0].tolist() if "rows" in inputs else None))
         return metal_shim.launch(name, inputs, *rest, **options)
 
-    monkeypatch.setattr(launch, "launch", run)
-    monkeypatch.setattr(launch, "available", metal_shim.available)
+    metal_shim.install(monkeypatch, run)
     assert batched(model, requests, late) == expected
     padded = [padding for name, padding in launched if name == "decode_attention" and any(padding)]
     assert {name for name, _ in launched} == {"store", "dequantize", "decode_attention", "merge"}

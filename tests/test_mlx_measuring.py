@@ -69,7 +69,7 @@ def test_doctor_checks_every_kernel(monkeypatch, capsys, tmp_path):
     import metal_shim
 
     monkeypatch.setattr(launch, "backend", lambda: "metal")
-    monkeypatch.setattr(launch, "launch", metal_shim.launch)
+    metal_shim.install(monkeypatch)
     monkeypatch.setattr(check, "SHAPES", check.SHAPES[:2])
     assert main(["doctor", "--mlx", "--head-dims", "80", "--no-speed", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -102,8 +102,7 @@ def test_the_speed_table_through_the_shim(monkeypatch, capsys):
     import metal_shim
 
     launched = []
-    monkeypatch.setattr(launch, "available", metal_shim.available)
-    monkeypatch.setattr(launch, "launch", lambda name, *a: launched.append(name) or metal_shim.launch(name, *a))
+    metal_shim.install(monkeypatch, lambda name, *a: launched.append(name) or metal_shim.launch(name, *a))
     monkeypatch.setattr(speed, "time_of", lambda call, **_: mx.eval(call()) or (1.0, 2.0))
     data = benchmark.measure("1x40", "tqai_k4v2,tqai_k8v8", 4, 2, 64)
     assert [row["name"] for row in data["rows"]] == ["mx.fast SDPA float16", "mlx-lm 4-bit affine", "tqai_k4v2", "tqai_k8v8"]

@@ -45,7 +45,9 @@ def term(mean: KeyMean, padding: mx.array, start: int, count: int, rotated: bool
 
 
 def scores(mean: KeyMean, queries: mx.array, positions: int, factor: float) -> mx.array:
-    """factor times queries [batch, q_heads, head_dim] times the term, at positions from 0: float32 [batch, q_heads, positions]."""
+    """factor times queries [batch, q_heads, head_dim] times the term, at positions from 0: float32 [batch, q_heads, positions
+    or more], whose shape stays the same for many tokens."""
+    positions = -(-positions // BLOCK) * BLOCK
     grouped = queries.astype(mx.float32).reshape(queries.shape[0], mean.heads, -1, mean.head_dim)
     weights = grouped @ (_matrices(mean)[0] * factor).swapaxes(1, 2)
     found = weights @ _rows(mean, positions)[:positions].astype(mx.float32).T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -10,6 +11,8 @@ from ..core import cache_options
 from ..core.cache_options import check_key_means
 from ..core.kv_format import SERVED_WIDTHS, KVFormat
 from .key_mean import KeyMean
+
+_format = functools.lru_cache(None)(KVFormat)  # asked for at every step of every layer
 
 
 @dataclass(frozen=True)
@@ -46,4 +49,4 @@ class CacheOptions(cache_options.CacheOptions):
 
     def format(self, head_dim: int) -> KVFormat:
         """What is stored for a model with this head_dim."""
-        return KVFormat(self.bits_k, self.bits_v, head_dim, self.vector_values)
+        return _format(self.bits_k, self.bits_v, head_dim, self.vector_values)

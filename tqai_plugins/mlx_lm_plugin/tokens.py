@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -10,8 +10,7 @@ from ..core.kv_format import KVFormat
 from .key_mean import KeyMean
 
 
-@dataclass(frozen=True, eq=False)
-class Tokens:
+class Tokens(NamedTuple):
     """All tokens of a layer after an update; the arrays are the cache's own, with their spare room.
 
     Every row ends at column `length`; row b begins at column padding[b]. `exact` arrays hold keys in the first half
