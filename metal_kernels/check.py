@@ -16,7 +16,7 @@ from ..core.vector_codebook import codebook_of
 from . import codec
 from .decode_attention import decode_attention
 from .dequantize import dequantize
-from .store import store
+from .store import store_and_join
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256, 512)
 TOLERANCE = {mx.float16: 2e-3, mx.bfloat16: 1.5e-2, mx.float32: 5e-5}
@@ -103,7 +103,7 @@ def _codec_rows(fmt: KVFormat, dtype) -> Iterator[dict]:
     """Codes may differ from the reference's where a number lies on a boundary: at most one in 5,000 (of vector values, bytes)."""
     start = time.perf_counter()
     keys, values = draw(1, 2, 3, 333, fmt.head_dim, dtype=dtype), draw(2, 2, 3, 333, fmt.head_dim, dtype=dtype)
-    slots = store(keys, values, fmt)
+    slots, joined = store_and_join(keys, values, fmt)
     packed = np.array(slots).view(np.uint8)
     differ = total = 0
     kinds = (keys, fmt.bits_k, False, slice(0, fmt.k_bytes)), (values, fmt.bits_v, fmt.vector_values, slice(fmt.k_bytes, -4))
@@ -113,6 +113,8 @@ def _codec_rows(fmt: KVFormat, dtype) -> Iterator[dict]:
         same = expected == found if vector else unpack(expected, bits, fmt.head_dim) == unpack(found, bits, fmt.head_dim)
         differ, total = differ + int((~same).sum()), total + same.size
     yield _row("store", fmt, f"{dtype}, {differ} of {total} codes differ", differ / total, 2e-4, start)
+    wrong = mx.mean(joined != mx.concatenate([keys, values], 1)).item()
+    yield _row("store", fmt, f"{dtype}, keys and values as they came", wrong, 0.0, start)
     start = time.perf_counter()
     found = dequantize(slots, 330, fmt, dtype)
     plain = codec.load(slots[:, :, :330], fmt)

@@ -1,19 +1,25 @@
 // Body of `store`: rotate, search the scale, quantize and pack; a group of lanes makes one slot.
 //
-// keys, values [batch, kv_heads, tokens, D], tables (see store.py), count [1 of 8]: vectors -> slots [.., WORDS]
+// keys, values [batch, kv_heads, tokens, D], tables (see store.py), sizes: vectors, vectors of a sequence
+// -> slots [.., WORDS]; with JOIN also joined [batch, 2 kv_heads, tokens, D]: keys, and then values, as they came.
 // D: head_dim; BK, BV: bits, or VECTOR; SG: simdgroups a threadgroup.
 
     constexpr int CHUNKS = Lanes<D, 16>::CHUNKS, LANES = Lanes<D, 16>::LANES, GROUPS = Lanes<D, 16>::GROUPS;
     constexpr int KW = Packed<D, BK>::WORDS, VW = Packed<D, BV>::WORDS, WORDS = KW + VW + 1;
     const int lane = thread_index_in_simdgroup, chunk = lane % LANES;
     const int vector = (threadgroup_position_in_grid.x * SG + simdgroup_index_in_threadgroup) * GROUPS + lane / LANES;
-    const bool live = vector < count[0], mine = live && chunk < CHUNKS;
+    const bool live = vector < sizes[0], mine = live && chunk < CHUNKS;
     uint scales = 0u;
     for (int part = 0; part < 2; part++) {
         float y[16];
         UNROLL for (int i = 0; i < 16; i++) {
             const size_t at = size_t(vector) * D + 16 * chunk + i;
             y[i] = mine ? (part ? float(values[at]) : float(keys[at])) * tables[16 * chunk + i] : 0.0f;
+        }
+        if (JOIN && mine) {
+            const int of_sequence = sizes[1], sequence = vector / of_sequence;
+            const size_t to = (size_t(2 * sequence + part) * of_sequence + vector % of_sequence) * D + 16 * chunk;
+            UNROLL for (int i = 0; i < 16; i++) joined[to + i] = part ? values[size_t(vector) * D + 16 * chunk + i] : keys[size_t(vector) * D + 16 * chunk + i];
         }
         hadamard<D, 16>(y, chunk);
         if (!mine)  // a block's idle lanes got sums of nothing

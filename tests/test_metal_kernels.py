@@ -19,7 +19,7 @@ from operations import done, sized
 from tqai_plugins.metal_kernels import codec, launch
 from tqai_plugins.metal_kernels.check import Case, draw, relative_error
 from tqai_plugins.metal_kernels.dequantize import dequantize
-from tqai_plugins.metal_kernels.store import store
+from tqai_plugins.metal_kernels.store import store, store_and_join
 
 from tqai_plugins.core import reference
 from tqai_plugins.core.kv_format import KVFormat
@@ -53,6 +53,8 @@ def test_store_writes_the_references_codes_and_dequantize_reads_them(fmt, dtype)
         (values, fmt.bits_v, packed[..., fmt.k_bytes : -4], scales[..., 1], fmt.vector_values),
     ):
         assert_matches(np.array(x.astype(mx.float32)), bits, codes, scale, vector)
+    again, joined = store_and_join(keys, values, fmt)
+    assert mx.array_equal(again, slots) and mx.array_equal(joined, mx.concatenate([keys, values], 1), equal_nan=True)
     room = mx.pad(slots, [(0, 0), (0, 0), (0, 5), (0, 0)])
     for found, plain in zip(dequantize(room, 6, fmt, dtype), codec.load(slots[:, :, :6], fmt)):
         assert found.dtype == dtype and found.shape == (2, 3, 6, fmt.head_dim)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from tqai_plugins.metal_kernels import launch
 from tqai_plugins.metal_kernels.check import Case, draw
 from tqai_plugins.metal_kernels.decode_attention import decode_attention
-from tqai_plugins.metal_kernels.store import store
+from tqai_plugins.metal_kernels.store import store, store_and_join
 
 from tqai_plugins.core.kv_format import KVFormat
 
@@ -60,7 +60,7 @@ def cases() -> list:
 def test_replays_give_what_launches_give(launched, monkeypatch):
     calls = [lambda case=case, more=more, scale=scale: case.run(scale, **more) for case, more in cases() for scale in (0.1, 0.2)]
     inputs = [draw(i, 1, 2, n, 64) for i, n in enumerate((1, 1, 5))]
-    calls += [lambda x=x: np.array(store(x, -x, K4V2)) for x in inputs]
+    calls += [lambda x=x, run=run: np.array(run(x, -x, K4V2)[0]) for x in inputs for run in (store, store_and_join)]
     found = [call() for call in calls + calls]
     monkeypatch.setattr(launch, "traced", metal_shim.traced)
     expected = [call() for call in calls]

@@ -14,7 +14,7 @@ from ..core.codebook import Codebook
 from ..core.kv_format import FORMAT_VERSION
 from ..core.vector_codebook import VectorCodebook, codebook_of
 from ..metal_kernels import codec
-from ..metal_kernels.store import store
+from ..metal_kernels.store import store, store_and_join
 from . import masks, mean_terms
 from .key_mean import KeyMean
 from .options import CacheOptions
@@ -68,7 +68,10 @@ class _Compressed(_BaseCache):
                 raise ValueError(f"key_means are of {mean.heads} heads of {mean.head_dim} coordinates, not of keys of shape {keys.shape}")
             term = mean_terms.term(mean, self._rows[0], before, new)
             coded = (keys.astype(mx.float32) - term).astype(dtype)
-        slots = store(coded, values, fmt)
+        if mean is None and (self.options.window or self.options.sinks) and not self.options.keep_dense:
+            slots, exact = store_and_join(keys, values, fmt)
+        else:
+            slots, exact = store(coded, values, fmt), mx.concatenate([keys, values], 1)
         added = [slots]
         if self.options.keep_dense:
             k, v = (codec.rotate_back(x) for x in codec.load(slots, fmt))
@@ -77,7 +80,6 @@ class _Compressed(_BaseCache):
         if self.options.keep_dense:
             dense = self.columns[1][:, :, : self.length]
             return dense[:, : keys.shape[1]], dense[:, keys.shape[1] :]
-        exact = mx.concatenate([keys, values], 1)
         self._keep_sinks(exact, before)
         recent, ring = self._keep_recent(exact)
         fetched = Operand(
