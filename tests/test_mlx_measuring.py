@@ -1,6 +1,7 @@
 """What measures: fidelity through the caches, tqai doctor, and the speed table where there is a GPU."""
 
 import argparse
+import functools
 import json
 import shutil
 
@@ -95,6 +96,9 @@ def test_without_a_gpu_both_say_so(capsys):
         benchmark.run(args)
 
 
+TINY = speed.SMOLLM2_135M | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 99}
+
+
 def test_the_speed_table_through_the_shim(monkeypatch, capsys):
     """Not its times, which are a CPU's, but that every row is measured through the real caches."""
     if shutil.which("g++") is None:
@@ -104,9 +108,13 @@ def test_the_speed_table_through_the_shim(monkeypatch, capsys):
     launched = []
     metal_shim.install(monkeypatch, lambda name, *a: launched.append(name) or metal_shim.launch(name, *a))
     monkeypatch.setattr(speed, "time_of", lambda call, **_: mx.eval(call()) or (1.0, 2.0))
+    monkeypatch.setattr(speed, "decode_rates", functools.partial(speed.decode_rates, sizes=TINY, prompt=9, tokens=2, repeats=1))
     data = benchmark.measure("1x40", "tqai_k4v2,tqai_k8v8", 4, 2, 64)
     assert [row["name"] for row in data["rows"]] == ["mx.fast SDPA float16", "mlx-lm 4-bit affine", "tqai_k4v2", "tqai_k8v8"]
     assert data["rows"][2]["bytes"] == 40 * 2 * KVFormat(4, 2, 64).slot_bytes
     assert {"store", "decode_attention", "merge"} <= set(launched)
+    assert [row["name"] for row in data["models"]] == ["stock", "tqai_k4v2", "tqai_k8v8"]
+    assert all(row["tokens_s"] > 0 for row in data["models"])
     benchmark.show(data)
-    assert "tqai_k8v8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "tqai_k8v8" in out and "Tokens a second" in out

@@ -1,4 +1,4 @@
-"""Time of one attention layer at decode: codes beside mlx-lm's own caches, on the device MLX has."""
+"""Time of one attention layer at decode, and of a whole model: codes beside mlx-lm's own caches, on the device MLX has."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import time
 from collections.abc import Callable, Iterator
 
 import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.models import llama
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
 
 from ..core.kv_format import KVFormat
 from ..metal_kernels import launch
 from ..metal_kernels.decode_attention import decode_attention
+from . import patching
 from .attention import attend
 from .kv_cache import CompressedKVCache
 from .options import CacheOptions
 
 SHAPES = ((1, 8192), (1, 32768), (8, 8192))  # sequences, context
+SMOLLM2_135M = {
+    "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+    "head_dim": 64, "vocab_size": 49152, "rms_norm_eps": 1e-5, "rope_theta": 1e5, "tie_word_embeddings": True,
+}  # fmt: skip
 
 
 def time_of(call: Callable[[], mx.array], calls: int = 40, repeats: int = 7) -> tuple[float, float]:
@@ -100,3 +107,31 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
         through = step(cache, lambda k, v: attend(query, k, v, scale, None))
         size = sequences * context * kv_heads * fmt.slot_bytes
         yield {"name": fmt.name, "us": us, "build_us": build_us, "step_us": through, "bytes": size}
+
+
+def decode_rates(formats: list[str], sizes=SMOLLM2_135M, prompt: int = 512, tokens: int = 100, repeats: int = 3) -> Iterator[dict]:
+    """Rows of name and tokens_s: mlx-lm's generator over a model of these sizes and random weights, bfloat16, with the stock
+    cache and with each format's.
+
+    Each step is built in Python while the device works on the one before: small models wait for the former.
+    """
+    model = llama.Model(llama.ModelArgs(model_type="llama", **sizes))
+    model.set_dtype(mx.bfloat16)
+    ids = mx.random.randint(0, sizes["vocab_size"], (prompt,))
+    mx.eval(model.parameters(), ids)
+
+    def rate(count: int) -> float:
+        steps = generate_step(ids, model, max_tokens=count + 1)
+        next(steps)  # the prompt is read
+        start = time.perf_counter()
+        return sum(1 for _ in steps) / (time.perf_counter() - start)
+
+    for name in (None, *formats):
+        if name is not None:
+            fmt = KVFormat.from_name(name, sizes["head_dim"])
+            patching.install(model, bits_k=fmt.bits_k, bits_v=fmt.bits_v)
+        try:
+            rate(2)  # kernels are compiled
+            yield {"name": name or "stock", "tokens_s": statistics.median(rate(tokens) for _ in range(repeats))}
+        finally:
+            patching.uninstall(model)

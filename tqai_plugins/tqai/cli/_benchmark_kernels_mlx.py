@@ -23,8 +23,10 @@ def measure(shapes: str, formats: str, q_heads: int = 32, kv_heads: int = 8, hea
 
     from . import _parse
 
-    rows = list(speed.measure(formats.split(","), _parse.shapes(shapes), q_heads, kv_heads, head_dim))
-    return machine() | {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "rows": rows}
+    names = formats.split(",")
+    rows = list(speed.measure(names, _parse.shapes(shapes), q_heads, kv_heads, head_dim))
+    shape = {"q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    return machine() | shape | {"rows": rows, "models": list(speed.decode_rates(names))}
 
 
 def machine() -> dict:
@@ -63,3 +65,5 @@ def show(data: dict) -> None:
     console = Console(width=120)
     console.print(table)
     console.print("Times of the device; building a call in Python goes on beside it in generation.")
+    rates = ", ".join(f"{r['name']} {r['tokens_s']:.0f}" for r in data["models"])
+    console.print(f"Tokens a second of SmolLM2-135M's sizes with random weights, one request: {rates}.")
