@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -53,8 +54,8 @@ def show() -> None:
         return
     from prometheus_client import REGISTRY
 
-    folder = Path(tempfile.gettempdir()) / f"tqai-metrics-{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)  # of a dead process with our number
+    # Made by whoever counts first, if anybody does; nobody else can have made it before, or linked it elsewhere.
+    folder = Path(tempfile.gettempdir()) / f"tqai-metrics-{secrets.token_hex(8)}"
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[FOLDER] = str(folder)
     REGISTRY.register(_Collector(folder))
@@ -78,7 +79,7 @@ class _Files:
 
         # The same that vLLM's several API servers share, if there are several.
         folder = Path(os.environ.get("PROMETHEUS_MULTIPROC_DIR") or os.environ.get(FOLDER) or tempfile.mkdtemp())
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         parallel = config.parallel_config
         self.labels = {"engine": str(parallel.data_parallel_rank), "rank": str(parallel.rank)}
         self.counters = MmapedDict(str(folder / f"counter_tqai-{os.getpid()}.db"))
