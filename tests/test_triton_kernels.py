@@ -365,7 +365,7 @@ def test_a_split_without_a_tile_stores_nothing():
     assert_close(step.attend(num_splits=18), step.expected())
 
 
-@pytest.mark.parametrize("pages, window, splits", [(4, None, 4), (40, 100, 3), (40, None, 40)])
+@pytest.mark.parametrize("pages, window, splits", [(4, None, 4), (40, 100, 3), (40, 1500, 25), (40, None, 40)])
 def test_there_are_no_more_splits_than_tiles_to_read(monkeypatch, pages, window, splits):
     """Of a table, and of a window; an H100 has room for 128 splits."""
     step = Step(KVFormat(4, 2, 64), 1, 1, [64 * pages - 70], 64)

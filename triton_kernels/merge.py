@@ -19,11 +19,11 @@ WARPS = 8
 
 
 @triton.jit
-def shares(length, num_splits, window, QUERY_LEN: tl.constexpr, WINDOW: tl.constexpr, TILE: tl.constexpr):
+def shares(length, num_splits, window, query_len, WINDOW: tl.constexpr, TILE: tl.constexpr):
     """How a sequence is split: the first tile that is seen, tiles a split, and the splits that have any, at least one."""
     first = 0
     if WINDOW:
-        first = tl.maximum(length - QUERY_LEN - window + 1, 0) // TILE
+        first = tl.maximum(length - query_len - window + 1, 0) // TILE
     tiles = tl.cdiv(length, TILE) - first
     each = tl.maximum(tl.cdiv(tiles, num_splits), 1)
     return first, each, tl.maximum(tl.cdiv(tiles, each), 1)
@@ -80,15 +80,15 @@ def finish(
     tl.store(out[:, None] + d[None, :], y.to(out_ptr.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_splits", "window"], do_not_specialize_on_alignment=["seq_lens"])
+@triton.jit(do_not_specialize=["num_splits", "window", "query_len"], do_not_specialize_on_alignment=["seq_lens"])
 def _merge_kernel(
-    partial, lse, seq_lens, out_ptr, sinks, lse_out, signs, num_splits, window, out_stride,
-    NUM_Q_HEADS: tl.constexpr, QUERY_LEN: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
+    partial, lse, seq_lens, out_ptr, sinks, lse_out, signs, num_splits, window, query_len, out_stride,
+    NUM_Q_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, TILE: tl.constexpr,
     MERGED_SPLITS: tl.constexpr, LANES: tl.constexpr, WINDOW: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr,
     SCALE_DENOMINATOR: tl.constexpr,
 ):
-    length = tl.load(seq_lens + tl.program_id(0) // (QUERY_LEN * NUM_Q_HEADS))
-    _, _, splits = shares(length, num_splits, window, QUERY_LEN, WINDOW, TILE)
+    length = tl.load(seq_lens + tl.program_id(0) // (query_len * NUM_Q_HEADS))
+    _, _, splits = shares(length, num_splits, window, query_len, WINDOW, TILE)
     if splits > MERGED_SPLITS:
         row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
         finish(partial, lse, row, row >= 0, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
@@ -121,7 +121,7 @@ def merge(
     padded = triton.next_power_of_2(head_dim)
     _merge_kernel[(rows,)](
         partial, lse, seq_lens, output, lse if sinks is None else sinks, lse if lse_out is None else lse_out,
-        device_tables.signs(head_dim, padded, output.device), num_splits, sliding_window or 0, output.stride(0),
-        num_q_heads, query_len, head_dim, padded, TILE, MERGED_SPLITS, LANES, sliding_window is not None, sinks is not None,
+        device_tables.signs(head_dim, padded, output.device), num_splits, sliding_window or 0, query_len, output.stride(0),
+        num_q_heads, head_dim, padded, TILE, MERGED_SPLITS, LANES, sliding_window is not None, sinks is not None,
         lse_out is not None, SCALE_DENOMINATOR, num_warps=WARPS,
     )
