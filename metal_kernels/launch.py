@@ -123,10 +123,10 @@ _traces = _Traces()
 
 
 def traced(function: Callable, plan: Hashable, *arrays: mx.array | None):
-    """function(plan, *arrays), which launches kernels, built from a trace: in a tenth of the time, as MLX makes the whole
+    """function(plan, *arrays), which launches kernels, built from a trace: in less than half the time, as MLX makes the whole
     text of a kernel anew at every launch, but not when it replays one.
 
-    plan says all that the launches depend on, the arrays' shapes included; numbers that change from token to token
-    are in arrays.
+    plan says all that the launches depend on, the arrays' shapes included, which callers have at hand (to ask all arrays
+    took 1.6 us a call); numbers that change from token to token are in arrays.
     """
     return _traces.of(function, plan)(*arrays)

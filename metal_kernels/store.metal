@@ -9,17 +9,16 @@
     const int lane = thread_index_in_simdgroup, chunk = lane % LANES;
     const int vector = (threadgroup_position_in_grid.x * SG + simdgroup_index_in_threadgroup) * GROUPS + lane / LANES;
     const bool live = vector < sizes[0], mine = live && chunk < CHUNKS;
+    const size_t own = size_t(vector) * D + 16 * chunk;
     uint scales = 0u;
     for (int part = 0; part < 2; part++) {
         float y[16];
-        UNROLL for (int i = 0; i < 16; i++) {
-            const size_t at = size_t(vector) * D + 16 * chunk + i;
-            y[i] = mine ? (part ? float(values[at]) : float(keys[at])) * tables[16 * chunk + i] : 0.0f;
-        }
+        UNROLL for (int i = 0; i < 16; i++)
+            y[i] = mine ? (part ? float(values[own + i]) : float(keys[own + i])) * tables[16 * chunk + i] : 0.0f;
         if (JOIN && mine) {
             const int of_sequence = sizes[1], sequence = vector / of_sequence;
             const size_t to = (size_t(2 * sequence + part) * of_sequence + vector % of_sequence) * D + 16 * chunk;
-            UNROLL for (int i = 0; i < 16; i++) joined[to + i] = part ? values[size_t(vector) * D + 16 * chunk + i] : keys[size_t(vector) * D + 16 * chunk + i];
+            UNROLL for (int i = 0; i < 16; i++) joined[to + i] = part ? values[own + i] : keys[own + i];
         }
         hadamard<D, 16>(y, chunk);
         if (!mine)  // a block's idle lanes got sums of nothing

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from tqai_plugins.triton_kernels import decode_attention as decode
 from tqai_plugins.triton_kernels import device_tables
+from tqai_plugins.triton_kernels import merge as merging
 from tqai_plugins.triton_kernels.decode_attention import decode_attention, max_partial_rows
 from tqai_plugins.triton_kernels.dequantize import dequantize
 from tqai_plugins.triton_kernels.first_calls import make_together
@@ -328,29 +329,55 @@ def test_log_sum_exp_merges_with_other_attention():
 @pytest.mark.parametrize(
     "bits, head_dim, group, query_len", [((4, 2), 64, 4, 1), ((3, 8), 80, 3, 2), ((4, 4), 128, 9, 1)]
 )
-def test_any_number_of_splits_merges_to_the_same(bits, head_dim, group, query_len):
-    """One, some, and one more than is merged where it is, of which sequences have all, all but one and one; with sinks and
-    log-sum-exp, twice each in one workspace."""
-    step = Step(KVFormat(*bits, head_dim), 1, group, [64 * 17 - 5, 64 * 16, 2], 64, query_len)
+def test_splits_merge_to_the_same_here_and_in_a_launch_of_their_own(monkeypatch, bits, head_dim, group, query_len):
+    """One split, some, and more than there are tiles, with sinks and log-sum-exp; twice each in one workspace."""
+    step = Step(KVFormat(*bits, head_dim), 1, group, [150, 2], 64, query_len)
     step.store()
     sinks = torch.randn(group, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     expected = step.expected(sinks=sinks)
-    rows = len(step.q) * group
+    for splits in (1, 3, decode.MERGED_SPLITS + 1):
+        found = []
+        for merged in (0, decode.MERGED_SPLITS, decode.MERGED_SPLITS):
+            step.workspace.partial.fill_(torch.nan), step.workspace.lse.fill_(torch.nan)
+            lse = torch.full((len(step.q), group), torch.nan, device=DEVICE)
+            with monkeypatch.context() as patch:
+                for module in (decode, merging):
+                    patch.setattr(module, "MERGED_SPLITS", merged)
+                found.append((step.attend(num_splits=splits, sinks=sinks, lse=lse), lse.cpu().numpy()))
+            assert_close(found[-1][0], expected)
+        for out, lse in found[1:]:
+            np.testing.assert_allclose(out, found[0][0], rtol=2e-3, atol=2e-5)
+            np.testing.assert_allclose(lse, found[0][1], rtol=1e-6)
+    assert not step.workspace.arrivals.any()
+
+
+@pytest.mark.parametrize("splits, launches", [(1, 0), (2, 0), (16, 0), (17, 1)])
+def test_few_splits_need_no_second_launch(monkeypatch, splits, launches):
+    step = Step(KVFormat(4, 2, 64), 1, 1, [64 * 17 - 5], 64)
+    step.store()
+    called = []
+    monkeypatch.setattr(decode, "merge", lambda *a, **k: called.append(a))
+    assert np.isfinite(step.attend(num_splits=splits)).all() == (not launches) and len(called) == launches
+
+
+@pytest.mark.parametrize(
+    "bits, head_dim, group, query_len", [((4, 2), 64, 4, 1), ((3, 8), 80, 3, 2), ((4, 4), 128, 9, 1)]
+)
+def test_sequences_of_a_batch_merge_here_or_in_a_launch_of_their_own(bits, head_dim, group, query_len):
+    """One split, some, and one more than is merged where it is, of which sequences have all, all but one and one; twice each."""
+    step = Step(KVFormat(*bits, head_dim), 1, group, [64 * 17 - 5, 64 * 16, 2], 64, query_len)
+    step.store()
+    expected, rows = step.expected(), len(step.q) * group
     step.workspace = dataclasses.replace(
         step.workspace, partial=step.workspace.partial.new_empty(rows * 17 * head_dim), lse=step.workspace.lse.new_empty(rows * 17)
     )
-    sums = []
     for splits in (1, 9, 17):
         found = []
         for _ in range(2):
             step.workspace.partial.fill_(torch.nan), step.workspace.lse.fill_(torch.nan)
-            lse = torch.full((len(step.q), group), torch.nan, device=DEVICE)
-            found.append(step.attend(num_splits=splits, sinks=sinks, lse=lse))
-            sums.append(lse.cpu().numpy())
+            found.append(step.attend(num_splits=splits))
         assert_close(found[0], expected)
         np.testing.assert_array_equal(*found)
-    for lse in sums[1:]:
-        np.testing.assert_allclose(lse, sums[0], rtol=1e-5)
     assert not step.workspace.arrivals.any()
 
 
@@ -365,12 +392,16 @@ def test_a_split_without_a_tile_stores_nothing():
     assert_close(step.attend(num_splits=18), step.expected())
 
 
-@pytest.mark.parametrize("pages, window, splits", [(4, None, 4), (40, 100, 3), (40, 1500, 25), (40, None, 40)])
-def test_there_are_no_more_splits_than_tiles_to_read(monkeypatch, pages, window, splits):
-    """Of a table, and of a window; an H100 has room for 128 splits."""
+@pytest.mark.parametrize(
+    "pages, window, splits, launches", [(4, None, 4, 0), (40, 100, 3, 0), (40, 1500, 25, 1), (40, None, 40, 1)]
+)
+def test_there_are_no_more_splits_than_tiles_to_read(monkeypatch, pages, window, splits, launches):
+    """Of a short table, and of a window, so that few are merged where they are; an H100 has room for 128 splits."""
     step = Step(KVFormat(4, 2, 64), 1, 1, [64 * pages - 70], 64)
     step.store()
     monkeypatch.setattr(decode, "_multiprocessors", lambda device: 132)
+    called, merge = [], decode.merge
+    monkeypatch.setattr(decode, "merge", lambda *a, **k: (called.append(a), merge(*a, **k)))
     rows = splits * len(step.q)
     room = lambda rows: dataclasses.replace(
         step.workspace, partial=step.workspace.partial.new_empty(rows * 64), lse=step.workspace.lse.new_empty(rows)
@@ -380,7 +411,7 @@ def test_there_are_no_more_splits_than_tiles_to_read(monkeypatch, pages, window,
         step.attend(sliding_window=window)
     step.workspace = room(rows)
     assert_close(step.attend(sliding_window=window), step.expected(window=window))
-
+    assert len(called) == launches
 
 
 def test_slot_minus_one_is_skipped():

@@ -34,8 +34,8 @@ def _combine(
     partial, lse, row, valid, top, num_splits, splits,
     D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
 ):
-    """Of each row its first `splits` of num_splits under the largest log-sum-exp, no less than `top` [ROWS]: the sum of weighted results
-    [ROWS, DP], the sum of weights [ROWS], and that log-sum-exp [ROWS], base 2."""
+    """Of each row its first `splits` of num_splits under the largest log-sum-exp, no less than `top` [ROWS]: the sum of
+    weighted results [ROWS, DP], the sum of weights [ROWS], and that log-sum-exp [ROWS], base 2."""
     d = tl.arange(0, DP)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)

@@ -68,10 +68,9 @@ class _Compressed(_BaseCache):
                 raise ValueError(f"key_means are of {mean.heads} heads of {mean.head_dim} coordinates, not of keys of shape {keys.shape}")
             term = mean_terms.term(mean, self._rows[0], before, new)
             coded = (keys.astype(mx.float32) - term).astype(dtype)
-        if mean is None and (self.options.window or self.options.sinks) and not self.options.keep_dense:
-            slots, exact = store_and_join(keys, values, fmt)
-        else:
-            slots, exact = store(coded, values, fmt), mx.concatenate([keys, values], 1)
+        # By one launch where keys are coded as they came and some tokens stay exact.
+        joins = mean is None and (self.options.window or self.options.sinks) and not self.options.keep_dense
+        slots, exact = store_and_join(keys, values, fmt) if joins else (store(coded, values, fmt), None)
         added = [slots]
         if self.options.keep_dense:
             k, v = (codec.rotate_back(x) for x in codec.load(slots, fmt))
@@ -80,6 +79,8 @@ class _Compressed(_BaseCache):
         if self.options.keep_dense:
             dense = self.columns[1][:, :, : self.length]
             return dense[:, : keys.shape[1]], dense[:, keys.shape[1] :]
+        if exact is None:
+            exact = mx.concatenate([keys, values], 1)
         self._keep_sinks(exact, before)
         recent, ring = self._keep_recent(exact)
         fetched = Operand(
