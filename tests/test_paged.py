@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 
 from tqai_plugins.core import reference
 from tqai_plugins.core.codebook import Codebook
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, KVFormat, recent_format
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGE_TOKENS, KVFormat, recent_format
 from tqai_plugins.torch_kernels import codec, paged, prefill
 
 PAGE = 16
@@ -89,22 +89,22 @@ def test_tiles_hold_every_token_once_and_no_request_without_tokens():
     assert found == lengths
 
 
-@pytest.mark.parametrize("window", [None, 50, 200])
+@pytest.mark.parametrize("window", [None, 50, 210])
 def test_a_chunk_reads_itself_exactly_copies_next_and_codes_before(window):
     """Against dense attention over what each token is read from: codes, 8-bit copies, exact keys and values."""
-    fmt, queries, length, scale = KVFormat(4, 2, 32), 6, 171, 0.2
+    fmt, queries, length, scale, none = KVFormat(4, 2, 32), 6, 235, 0.2, [-1] * (COPIED_PAGES - 2)
     pages, table, ((k, v),) = filled(fmt, [length])
     context = length - queries
     eight = recent_format(32)
     recent = torch.zeros(3, 2, eight.page_layout(RECENT_PAGE_TOKENS).page_bytes, dtype=torch.uint8)
-    last = context // RECENT_PAGE_TOKENS * RECENT_PAGE_TOKENS  # the first page has copy 1, the one being filled 2, the one between none
+    last = context // RECENT_PAGE_TOKENS * RECENT_PAGE_TOKENS  # the first page has copy 1, the one being filled 2, those between none
     for copy, begin, end in ((1, 0, RECENT_PAGE_TOKENS), (2, last, context)):
         token = torch.arange(begin, end)
         paged.store(k[token], v[token], recent, copy * RECENT_PAGE_TOKENS + token - begin, eight, RECENT_PAGE_TOKENS)
     query = torch.randn(queries, 4, 32)
     got = paged.attention(
         query, pages, table[0], length, fmt, PAGE, scale, sliding_window=window, own=(k[context:], v[context:]),
-        recent=(recent, [1, -1, 2]),
+        recent=(recent, [1, *none, 2]),
     )  # fmt: skip
     dense = [codec.rotate_back(x) for x in paged.dequantize(pages, table[0], 0, context, fmt, PAGE)]
     for copy, begin, end in ((1, 0, RECENT_PAGE_TOKENS), (2, last, context)):
@@ -125,7 +125,7 @@ def test_a_first_chunk_reads_nothing_but_itself():
     fmt = KVFormat(4, 2, 32)
     pages, table, _ = filled(fmt, [5])
     query, (k, v) = torch.randn(5, 2, 32), torch.randn(2, 5, 2, 32)
-    got = paged.attention(query, pages, table[0], 5, fmt, PAGE, 0.2, own=(k, v), recent=(pages, [-1, -1, -1]))
+    got = paged.attention(query, pages, table[0], 5, fmt, PAGE, 0.2, own=(k, v), recent=(pages, [-1] * COPIED_PAGES))
     later = torch.ones(5, 5, dtype=torch.bool).triu(1)
     score = (torch.einsum("qhd,thd->hqt", query, k) * 0.2).masked_fill(later, float("-inf"))
     torch.testing.assert_close(got, torch.einsum("hqt,thd->qhd", score.softmax(-1), v), atol=1e-4, rtol=1e-4)

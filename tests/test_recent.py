@@ -7,6 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGES
 from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS as PAGE
 from tqai_plugins.torch_kernels import recent
 from tqai_plugins.torch_kernels.recent import RecentCopies, claim
@@ -86,7 +87,7 @@ class Server:
     def check(self, sequence, length, table):
         """Whatever copy a reader is sent to holds the very tokens of the page it stands for."""
         last = -(-length // PAGE)
-        for page, copy in zip((0 if last > 2 else -1, last - 2, last - 1), table, strict=True):
+        for page, copy in zip((0 if last > RECENT_PAGES else -1, *range(last - RECENT_PAGES, last)), table, strict=True):
             if copy < 0:
                 continue
             assert page >= 0
@@ -97,7 +98,7 @@ class Server:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("copies, page_tokens", [(24, 64), (5, 64), (24, 128)])
+@pytest.mark.parametrize("copies, page_tokens", [(32, 64), (5, 64), (32, 128)])
 def test_a_copy_always_holds_its_pages_tokens(copies, page_tokens, seed):
     server = Server(claim, copies, page_tokens, seed)
     for _ in range(150):
@@ -106,7 +107,7 @@ def test_a_copy_always_holds_its_pages_tokens(copies, page_tokens, seed):
     assert 0 < served <= wanted
 
 
-@pytest.mark.parametrize("seed, copies, page_tokens, side", [(0, 24, 64, 16), (1, 5, 64, 64), (2, 40, 128, 256)])
+@pytest.mark.parametrize("seed, copies, page_tokens, side", [(0, 32, 64, 16), (1, 5, 64, 64), (2, 50, 128, 256)])
 def test_the_kernel_keeps_the_same_books(seed, copies, page_tokens, side, monkeypatch):
     """The Triton kernel beside the reference, step by step (by the interpreter where there is no GPU)."""
     pytest.importorskip("triton")
@@ -142,22 +143,22 @@ def decode(server_copies, lengths, steps):
     return server_copies.table[:n]
 
 
-def test_sequences_within_capacity_keep_the_first_and_both_recent_pages():
-    copies = RecentCopies.allocate(12, 8, 64, "cpu")
-    table = decode(copies, [1, 1, 1, 1], 200)
-    assert (table >= 0).all() and table.unique().numel() == 12
+def test_sequences_within_capacity_keep_the_first_and_all_recent_pages():
+    copies = RecentCopies.allocate(4 * COPIED_PAGES, 8, 64, "cpu")
+    table = decode(copies, [1, 1, 1, 1], RECENT_PAGES * PAGE + 70)
+    assert (table >= 0).all() and table.unique().numel() == 4 * COPIED_PAGES
 
 
 def test_a_short_sequence_has_no_first_page_beside_its_recent_ones():
-    copies = RecentCopies.allocate(12, 8, 64, "cpu")
-    table = decode(copies, [1, 1, 1, 1], 128)
+    copies = RecentCopies.allocate(4 * COPIED_PAGES, 8, 64, "cpu")
+    table = decode(copies, [1, 1, 1, 1], RECENT_PAGES * PAGE)
     assert (table[:, 0] == -1).all() and (table[:, 1:] >= 0).all()
 
 
-@pytest.mark.parametrize("chunks", [[200], [30, 170], [100, 100], [64, 136], [1, 1, 198]])
+@pytest.mark.parametrize("chunks", [[260], [30, 230], [100, 160], [64, 196], [1, 1, 258]])
 def test_all_of_a_first_page_is_copied_whatever_the_chunks(chunks):
-    copies = RecentCopies.allocate(12, 8, 256, "cpu")
-    table = torch.arange(4, dtype=torch.int32)[None]
+    copies = RecentCopies.allocate(12, 8, 512, "cpu")
+    table = torch.arange(8, dtype=torch.int32)[None]
     length, written = 0, []
     for chunk in chunks:
         slots = torch.arange(length, length + chunk)

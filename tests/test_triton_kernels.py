@@ -20,7 +20,7 @@ from tqai_plugins.triton_kernels.workspace import Workspace
 
 from tqai_plugins.core import key_mean, reference
 from tqai_plugins.core.codebook import Codebook
-from tqai_plugins.core.kv_format import KVFormat
+from tqai_plugins.core.kv_format import RECENT_PAGES, KVFormat
 from tqai_plugins.core.rotation import Rotation
 from tqai_plugins.torch_kernels.key_mean import KeyMean
 
@@ -35,7 +35,7 @@ TILING = None if DEVICE.type == "cuda" else Tiling(64, 1, 4)
 def copied_pages(length):
     """The pages of 64 tokens that can have a copy, as RecentPages.table lists them; -1 for a first page among the last."""
     pages = -(-length // 64)
-    return 0 if pages > 2 else -1, pages - 2, pages - 1
+    return 0 if pages > RECENT_PAGES else -1, *range(pages - RECENT_PAGES, pages)
 
 
 class Step:
@@ -86,7 +86,7 @@ class Step:
         )
 
     def keep_recent(self, table):
-        """8-bit copies of the first page and the last two of each sequence as table [sequences, 3] says."""
+        """8-bit copies of the first page and the last ones of each sequence as table [sequences, COPIED_PAGES] says."""
         copies = torch.tensor(table, dtype=torch.int32)
         slots = []
         for length, row in zip(self.lengths, table):
@@ -140,7 +140,7 @@ class Step:
             row = [] if self.recent is None else self.recent.table[i].tolist()
             for column, (page, copy) in enumerate(zip(copied_pages(length), row)):
                 start = 64 * page
-                if copy >= 0 and (column != 1 or row[2] >= 0):  # of the last two, the older copy alone is not read
+                if copy >= 0 and (column == 0 or min(row[column:]) >= 0):  # a last page's copy is read with all later ones
                     at, rows_of = sum(self.lengths[:i]), slice(start, min(start + 64, length))
                     eight = Codebook.lloyd_max(fmt.head_dim, 8)
                     for x, out in ((self.k, k), (self.v, v)):
@@ -202,19 +202,21 @@ def test_head_dims(bits, head_dim):
 
 @pytest.mark.parametrize("bits", FORMATS, ids=lambda b: f"k{b[0]}v{b[1]}")
 def test_recent_pages_are_read_at_eight_bits(bits):
-    """Copies of both last pages, of the last alone, of none, of the older alone (not read), and of a short sequence."""
-    step = Step(KVFormat(*bits, 64), 1, 2, [200, 150, 130, 129, 20], 64)
-    step.keep_recent([[5, 0, 4], [6, -1, 2], [7, -1, -1], [-1, 1, -1], [-1, -1, 3]])
+    """Copies of all last pages, of the last alone, of none, of older ones alone (not read), and of short sequences."""
+    step = Step(KVFormat(*bits, 64), 1, 2, [260, 250, 200, 193, 150, 129, 20], 64)
+    step.keep_recent([
+        [5, 8, 0, 4], [6, 9, -1, 2], [7, -1, -1, -1], [-1, 1, 10, -1], [-1, 11, 12, 13], [-1, -1, 14, 15], [-1, -1, -1, 3],
+    ])  # fmt: skip
     step.store()
     assert_close(step.attend(num_splits=2), step.expected())
 
 
 @pytest.mark.parametrize("head_dim, page, group, query_len", [(80, 128, 3, 1), (128, 64, 4, 3), (256, 64, 1, 1)])
 def test_recent_pages_of_other_shapes(head_dim, page, group, query_len):
-    step = Step(KVFormat(4, 2, head_dim), 1, group, [200, 66], page, query_len)
-    step.keep_recent([[4, 0, 1], [-1, 3, 2]])
+    step = Step(KVFormat(4, 2, head_dim), 1, group, [260, 66], page, query_len)
+    step.keep_recent([[4, 5, 0, 1], [-1, -1, 3, 2]])
     step.store()
-    assert_close(step.attend(num_splits=3, sliding_window=90), step.expected(window=90))
+    assert_close(step.attend(num_splits=3, sliding_window=150), step.expected(window=150))
 
 
 @pytest.mark.parametrize(
@@ -223,7 +225,7 @@ def test_recent_pages_of_other_shapes(head_dim, page, group, query_len):
 def test_a_key_mean_is_taken_off_and_added_to_the_scores(bits, head_dim, group, query_len):
     step = Step(KVFormat(*bits, head_dim), 2, group, [200, 70], 64, query_len)
     step.add_key_mean()
-    step.keep_recent([[1, 0, 4], [-1, -1, -1]])
+    step.keep_recent([[1, -1, 0, 4], [-1, -1, -1, -1]])
     step.store()
     k, ks, _, _ = step.stored(0)
     centred = (step.k[:200].float() - step.mean.term(step.positions[:200])).to(step.k.dtype)
@@ -252,7 +254,7 @@ def test_dequantize_adds_the_key_mean_again():
 @pytest.mark.parametrize("head_dim", [64, 80])
 def test_all_tilings_of_prepare_write_the_same_bytes(bits, head_dim):
     step = Step(KVFormat(*bits, head_dim), 1, 2, [66, 5], 64)
-    step.keep_recent([[-1, 0, 1], [-1, -1, 2]])
+    step.keep_recent([[-1, -1, 0, 1], [-1, -1, -1, 2]])
     pages, copies = step.pages.clone(), step.recent.pages.clone()
     written = []
     for tiling in TILINGS.values():
@@ -540,7 +542,7 @@ def test_graph_replay_with_changed_lengths(splits):
 @pytest.mark.cuda
 def test_all_tables_of_a_format_can_be_made_ahead():
     step = Step(KVFormat(4, 3, 128), 1, 2, [70], 64)
-    step.keep_recent([[-1, 0, 1]])
+    step.keep_recent([[-1, -1, 0, 1]])
     d = device_tables
     tables = (d.signs, d.back_matrix, d.levels)
     for table in tables:

@@ -5,7 +5,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("vllm", reason="needs vLLM; .ci/run vllm installs its CPU build")
 
-from tqai_plugins.core.kv_format import KVFormat, recent_format
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGES, KVFormat, recent_format
 from tqai_plugins.core.reference import rotation_matrix
 from tqai_plugins.core.rotation import Rotation
 from tqai_plugins.torch_kernels.recent import RecentCopies
@@ -64,8 +64,8 @@ def test_chunks_over_cached_contexts(window, soft_cap, sinks, tile_tokens, copie
     pages = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=g)
     table = torch.randperm(n * each, device="cuda", generator=g).int().view(n, each)
     workspace = Workspace.allocate(1, Q_HEADS, DIM, 1, torch.device("cuda"))
-    bookkeeping = RecentCopies.allocate(3 * n + 2, n, 4096, "cuda")
-    copies = torch.zeros(3 * n + 2, KV_HEADS, RecentPages.layout(DIM).page_bytes, dtype=torch.uint8, device="cuda")
+    bookkeeping = RecentCopies.allocate(COPIED_PAGES * n + 2, n, 4096, "cuda")
+    copies = torch.zeros(COPIED_PAGES * n + 2, KV_HEADS, RecentPages.layout(DIM).page_bytes, dtype=torch.uint8, device="cuda")
     as_int = lambda x: torch.tensor(x, dtype=torch.int32, device="cuda")
 
     def store(lengths, before):
@@ -90,10 +90,10 @@ def test_chunks_over_cached_contexts(window, soft_cap, sinks, tile_tokens, copie
     key, value, starts = store(totals, CONTEXTS)
     for i, context in enumerate(CONTEXTS if copied else []):
         pages_before = -(-context // PAGE)
-        copied_pages = 0 if pages_before > 2 else -1, pages_before - 2, pages_before - 1
+        copied_pages = 0 if pages_before > RECENT_PAGES else -1, *range(pages_before - RECENT_PAGES, pages_before)
         for which, (page, copy) in enumerate(zip(copied_pages, bookkeeping.context[i].tolist())):
             # A page that the chunk goes on with and leaves behind loses its copy, and is read from its codes.
-            left = (page + 1) * PAGE > context and 0 < page < -(-totals[i] // PAGE) - 2
+            left = (page + 1) * PAGE > context and 0 < page < -(-totals[i] // PAGE) - RECENT_PAGES
             assert copy == (held[i, which] if page >= 0 and not left else -1)
             if copy >= 0:
                 rows = slice(page * PAGE, min(context, (page + 1) * PAGE))

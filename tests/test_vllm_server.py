@@ -22,7 +22,7 @@ from tqai_plugins.core.kv_format import KVFormat
 
 LAYERS, KV_HEADS, HEAD_DIM, BLOCK = 30, 3, 64, 64  # of SmolLM2, and tokens of a page
 TOKEN_BYTES = LAYERS * KV_HEADS * KVFormat.from_name("tqai", HEAD_DIM).slot_bytes
-BLOCKS = 340  # of the server that most tests ask: half of them hold three copies for each of 16 sequences
+BLOCKS = 420  # of the server that most tests ask: half of them hold four copies for each of 16 sequences
 OPTIONS = ["--kv-cache-dtype", "tqai", "--dtype", "float32", "--block-size", BLOCK, "--max-num-batched-tokens", 256]
 # What the model continues without a doubt, so that rounding in batches of another size does not change its choice.
 COUNTS = [f"Count: {', '.join(str(n) for n in range(first, first + 6))}," for first in range(1, 33, 2)]

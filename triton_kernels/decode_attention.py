@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from tqai_plugins.core.key_mean import COLUMNS
-from tqai_plugins.core.kv_format import SCALE_DENOMINATOR, KVFormat
+from tqai_plugins.core.kv_format import COPIED_PAGES, SCALE_DENOMINATOR, KVFormat
 
 from . import device_tables
 from .key_mean import mean_arguments
@@ -247,7 +247,7 @@ def _decode_kernel(
     K_BYTES: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
     PAGE: tl.constexpr, TILE: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr,
     K_PTX: tl.constexpr, V_PTX: tl.constexpr, USE_PTX: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, RECENT: tl.constexpr,
+    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr, COPIED_PAGES: tl.constexpr,
     RECENT_V_CODES: tl.constexpr, RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
     MEAN: tl.constexpr, COLUMNS: tl.constexpr, SINKS: tl.constexpr, LSE_OUT: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
 ):
@@ -274,10 +274,12 @@ def _decode_kernel(
 
     # All that needs nothing else is asked for before any of it is used.
     length = tl.load(seq_lens + sequence)
-    if RECENT:
-        oldest = tl.load(recent_table + 3 * sequence)
-        older = tl.load(recent_table + 3 * sequence + 1)
-        newer = tl.load(recent_table + 3 * sequence + 2)
+    copied = 0  # last pages that have copies
+    if COPIED_PAGES:
+        copies = recent_table + COPIED_PAGES * sequence
+        first_copy = tl.load(copies)
+        for i in tl.static_range(1, COPIED_PAGES):
+            copied = tl.where(tl.load(copies + i) < 0, 0, copied + 1)
     if F_K == 1:
         q0 = _query_plane(planes, column_row, plane, jk, real_column, D)
     else:
@@ -304,10 +306,9 @@ def _decode_kernel(
     stop = tl.minimum(start + per_split, tiles)
     coded_stop = stop
     firsts = 0  # tiles of this split before the coded ones
-    if RECENT:  # the first tile and the last one or two are read from their 8-bit copies
-        copied = tl.where(newer < 0, 0, tl.where(older < 0, 1, 2))
+    if COPIED_PAGES:  # the first tile and the last ones are read from their 8-bit copies
         coded_stop = tl.minimum(stop, tiles - copied)
-        firsts = tl.where((oldest >= 0) & (start == 0) & (start < coded_stop), 1, 0)
+        firsts = tl.where((first_copy >= 0) & (start == 0) & (start < coded_stop), 1, 0)
     coded_start = start + firsts
     last_seen = length - QUERY_LEN + r // GROUP  # position of each row's query
     ref = tl.full([H], -1e30, tl.float32)
@@ -381,19 +382,16 @@ def _decode_kernel(
         k_scale = next_k_scale
         v_scale = next_v_scale
 
-    if RECENT:
+    if COPIED_PAGES:
         # Keys in natural order against queries in natural order; values by the rows of each accumulator.
         copied_start = tl.maximum(start, coded_stop)
+        j = tl.arange(0, DP)
         for at in tl.range(copied_start - firsts, stop, num_stages=1):
             tile = tl.where(at < copied_start, 0, at)
-            copy = tl.where(at < copied_start, oldest, tl.where(at == tiles - 1, newer, older))
+            copy = tl.load(copies + tl.where(at < copied_start, 0, COPIED_PAGES + at - tiles))
             page = recent_pages + copy.to(tl.int64) * recent_page_stride + head * recent_head_stride
-            s = tl.zeros([TILE, C], tl.int32)
-            for f in tl.static_range(F_K):
-                if f * KB < D:
-                    j = f * KB + jk
-                    x8 = _load_codes(page, n[:, None], D, j[None, :], 1, (j < D)[None, :])
-                    s = tl.dot(x8, _query_plane(planes, column_row, plane, j, real_column, D), s, out_dtype=tl.int32)
+            x8 = _load_codes(page, n[:, None], D, j[None, :], 1, (j < D)[None, :])
+            s = tl.dot(x8, _query_plane(planes, column_row, plane, j, real_column, D), out_dtype=tl.int32)
             k_scale = tl.load((page + RECENT_K_SCALES + 2 * n).to(tl.pointer_type(tl.float16)))
             v_scale = tl.load((page + RECENT_V_SCALES + 2 * n).to(tl.pointer_type(tl.float16)))
             weights, ref, v_unit, total, half, a0, a1, a2, a3 = _softmax_weights(
@@ -556,7 +554,7 @@ def decode_attention(
         *_tile_bytes(fmt, ptx),
         unpack_ptx(fmt.bits_k, by_token=True) if k_planes > 1 else "",
         unpack_ptx(fmt.bits_v, by_token=False) if v_planes > 1 else "", ptx,
-        sliding_window is not None, soft_cap is not None, tuned.stages, recent is not None, copy_layout.v_codes,
+        sliding_window is not None, soft_cap is not None, tuned.stages, 0 if recent is None else COPIED_PAGES, copy_layout.v_codes,
         copy_layout.k_scales, copy_layout.v_scales, mean is not None, COLUMNS, sinks is not None, lse is not None,
         SCALE_DENOMINATOR,
         num_warps=tuned.warps, maxnreg=tuned.registers,

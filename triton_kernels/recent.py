@@ -9,14 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from tqai_plugins.core.kv_format import RECENT_PAGE_TOKENS, PageLayout, recent_format
+from tqai_plugins.core.kv_format import COPIED_PAGES, RECENT_PAGE_TOKENS, PageLayout, recent_format
 
 
 @dataclass(frozen=True)
 class RecentPages:
     """pages uint8 [copies, kv_heads, page_bytes] of RECENT_PAGE_TOKENS tokens at 8 bits; slots int32
-    [new tokens], where the copy of each goes, -1 for none; table int32 [sequences, 3], the copies of the
-    first page, of the last but one and of the last (in pages of RECENT_PAGE_TOKENS), -1 for none."""
+    [new tokens], where the copy of each goes, -1 for none; table int32 [sequences, COPIED_PAGES], the copies of the
+    first page and of the last ones (in pages of RECENT_PAGE_TOKENS), -1 for none."""
 
     pages: torch.Tensor
     slots: torch.Tensor
@@ -35,7 +35,7 @@ class RecentPages:
 
 @triton.jit
 def _span(block_table, page, real, PAGE: tl.constexpr, SPAN: tl.constexpr):
-    """slot // SPAN of a page of SPAN tokens, by block_table's rows [sequences]; -1 where it is not real."""
+    """slot // SPAN of a page of SPAN tokens, by block_table's rows [sequences, 1]; -1 where it is not real."""
     position = tl.maximum(page, 0) * SPAN
     real = real & (page >= 0)
     block = tl.load(block_table + position // PAGE, mask=real, other=0)
@@ -66,24 +66,21 @@ def _number(match, n):
 
 
 @triton.jit
-def _count(match):
-    return tl.sum(match.to(tl.int64), 0)
+def _copied_pages(last, P: tl.constexpr):
+    """Pages [S, P] that can have copies, where `last` [S, 1] is the last: the first, unless it is one of the last P - 1,
+    and these; negative where there is none."""
+    column = tl.arange(0, P)[None, :]
+    return tl.where(column == 0, tl.where(last >= P - 1, 0, -1), last - (P - 1) + column)
 
 
 @triton.jit
-def _store_row(table, s, copy0, copy1, copy2, live):
-    tl.store(table + 3 * s, copy0, mask=live)
-    tl.store(table + 3 * s + 1, copy1, mask=live)
-    tl.store(table + 3 * s + 2, copy2, mask=live)
-
-
-@triton.jit
-def _store_slots(slots, slot_mapping, offset, begin, end, copy, copy_of_last, last, SPAN: tl.constexpr):
-    """Where the copies of tokens at positions [begin, end) go, which lie `offset` from there in the slot mapping."""
-    for i in range(tl.max(end - begin, 0)):
+def _store_slots(slots, slot_mapping, offset, begin, end, page, copy, SPAN: tl.constexpr):
+    """Where the copies of tokens at positions [begin, end) go, which lie `offset` from there in the slot mapping, all [S, 1];
+    copy [S, P] belongs to page [S, P]."""
+    for i in range(tl.max(end - begin)):
         position = begin + i
         slot = tl.load(slot_mapping + offset + position, mask=position < end, other=-1)
-        its = tl.where(position // SPAN == last, copy_of_last, copy)
+        its = tl.max(tl.where(page == position // SPAN, copy, -1), 1, keep_dims=True)
         copied = tl.where((its >= 0) & (slot >= 0), its * SPAN + position % SPAN, -1)
         tl.store(slots + offset + position, copied, mask=position < end)
 
@@ -96,10 +93,10 @@ def _claim_kernel(
     owner_ptr, used_ptr, step_ptr, wanted_served, slots, table, context,
     slot_mapping, query_start_loc, seq_lens, block_table,
     num_sequences, num_tokens, table_stride, copies, decode_tokens,
-    S: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
+    S: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, PAGE: tl.constexpr, SPAN: tl.constexpr,
 ):
-    # One program. S sequences side by side; copies by blocks, always [S, BLOCK] comparisons.
-    s = tl.arange(0, S)
+    # One program. The P pages of S sequences side by side; copies by blocks, always [S P, BLOCK] comparisons.
+    s = tl.arange(0, S)[:, None]
     live = s < num_sequences
     step = tl.load(step_ptr) + 1
     start = tl.load(query_start_loc + s, mask=live, other=0)
@@ -108,34 +105,20 @@ def _claim_kernel(
     before = length - new
     row_of_table = block_table + s * table_stride
     last = (length + SPAN - 1) // SPAN - 1
-    # Three pages each: 0 is the first, unless it is one of the last two, 1 and 2 are these.
-    has_first = live & (last >= 2)
-    begun0 = has_first & (before == 0)
-    begun1 = (last >= 1) & ((last - 1) * SPAN >= before) & live
-    begun2 = (last >= 0) & (last * SPAN >= before) & live
-    begun_span0 = _begun(slot_mapping + start, begun0, SPAN)
-    begun_span1 = _begun(slot_mapping + start + (last - 1) * SPAN - before, begun1, SPAN)
-    begun_span2 = _begun(slot_mapping + start + last * SPAN - before, begun2, SPAN)
-    span0 = _span(row_of_table, tl.zeros_like(last), has_first & ~begun0, PAGE, SPAN)
-    span1 = _span(row_of_table, last - 1, live & ~begun1, PAGE, SPAN)
-    span2 = _span(row_of_table, last, live & ~begun2, PAGE, SPAN)
+    page = _copied_pages(last, P)
+    begun = live & (page >= 0) & (page * SPAN >= before)
+    begun_span = tl.reshape(_begun(slot_mapping + start + page * SPAN - before, begun, SPAN), [S * P])
+    span = tl.reshape(_span(row_of_table, page, live & ~begun, PAGE, SPAN), [S * P])
     prefills = live & (new > decode_tokens)
-    old_last = (before + SPAN - 1) // SPAN - 1
-    context_span0 = _span(row_of_table, tl.zeros_like(last), prefills & (old_last >= 2), PAGE, SPAN)
-    context_span1 = _span(row_of_table, old_last - 1, prefills, PAGE, SPAN)
-    context_span2 = _span(row_of_table, old_last, prefills, PAGE, SPAN)
+    context_page = _copied_pages((before + SPAN - 1) // SPAN - 1, P)
+    context_span = tl.reshape(_span(row_of_table, context_page, prefills, PAGE, SPAN), [S * P])
     # The page that a chunk goes on with and leaves behind is written without its copy.
-    left = live & (new > 0) & (before >= SPAN) & (before // SPAN < last - 1)
-    left_slot = tl.load(slot_mapping + start, mask=left, other=-1)
-    left_span = tl.where(left_slot >= 0, left_slot // SPAN, -1).to(tl.int32)
+    left = live & (new > 0) & (before >= SPAN) & (before // SPAN < last - (P - 2))
+    left_span = tl.reshape(_begun(slot_mapping + start, left, SPAN), [S])
 
     t = tl.arange(0, S)
-    held0 = tl.full([S], -1, tl.int32)
-    held1 = held0
-    held2 = held0
-    context0 = held0
-    context1 = held0
-    context2 = held0
+    held = tl.full([S * P], -1, tl.int32)
+    held_before = held
     for first in range(0, copies, BLOCK):
         n = first + tl.arange(0, BLOCK)
         owner = tl.load(owner_ptr + n, mask=n < copies, other=-1)
@@ -145,19 +128,11 @@ def _claim_kernel(
             slot = tl.load(slot_mapping + token + t, mask=token + t < num_tokens, other=-1)
             dropped = dropped | _any(_is(tl.where(slot % SPAN == 0, slot // SPAN, -1).to(tl.int32), owner))
         owner = tl.where(dropped, -1, owner)
-        is0 = _is(span0, owner)
-        is1 = _is(span1, owner)
-        is2 = _is(span2, owner)
-        was0 = _is(context_span0, owner)
-        was1 = _is(context_span1, owner)
-        was2 = _is(context_span2, owner)
-        held0 = tl.maximum(held0, _number(is0, n))
-        held1 = tl.maximum(held1, _number(is1, n))
-        held2 = tl.maximum(held2, _number(is2, n))
-        context0 = tl.maximum(context0, _number(was0, n))
-        context1 = tl.maximum(context1, _number(was1, n))
-        context2 = tl.maximum(context2, _number(was2, n))
-        used = tl.where(_any(is0 | is1 | is2 | was0 | was1 | was2), step, used)
+        is_held = _is(span, owner)
+        was_held = _is(context_span, owner)
+        held = tl.maximum(held, _number(is_held, n))
+        held_before = tl.maximum(held_before, _number(was_held, n))
+        used = tl.where(_any(is_held | was_held), step, used)
         tl.store(owner_ptr + n, owner, mask=n < copies)
         tl.store(used_ptr + n, used, mask=n < copies)
     for token in range(0, num_tokens, S):
@@ -165,14 +140,9 @@ def _claim_kernel(
     tl.debug_barrier()
 
     # The i-th claim takes the i-th longest unused copy.
-    claim0 = begun_span0 >= 0
-    claim1 = begun_span1 >= 0
-    claim2 = begun_span2 >= 0
-    claims = claim0.to(tl.int32) + claim1.to(tl.int32) + claim2.to(tl.int32)
-    rank0 = tl.cumsum(claims, 0) - claims
-    rank1 = rank0 + claim0.to(tl.int32)
-    rank2 = rank1 + claim1.to(tl.int32)
-    if tl.sum(claims, 0) > 0:
+    claims = begun_span >= 0
+    claim_rank = tl.cumsum(claims.to(tl.int32), 0) - 1
+    if tl.max(claim_rank, 0) >= 0:
         for first in range(0, copies, BLOCK):
             n = first + tl.arange(0, BLOCK)
             used = tl.load(used_ptr + n, mask=n < copies, other=0)
@@ -184,32 +154,26 @@ def _claim_kernel(
                 older = (theirs[:, None] < used[None, :]) | tie
                 rank += tl.sum((older & (m < copies)[:, None]).to(tl.int32), 0)
             free = (used < step) & (n < copies)
-            takes0 = claim0[:, None] & (rank0[:, None] == rank[None, :]) & free[None, :]
-            takes1 = claim1[:, None] & (rank1[:, None] == rank[None, :]) & free[None, :]
-            takes2 = claim2[:, None] & (rank2[:, None] == rank[None, :]) & free[None, :]
-            held0 = tl.maximum(held0, _number(takes0, n))
-            held1 = tl.maximum(held1, _number(takes1, n))
-            held2 = tl.maximum(held2, _number(takes2, n))
-            taken = tl.maximum(tl.where(takes0, begun_span0[:, None], -1), tl.where(takes1, begun_span1[:, None], -1))
-            owner = tl.max(tl.maximum(taken, tl.where(takes2, begun_span2[:, None], -1)), 0)
+            takes = claims[:, None] & (claim_rank[:, None] == rank[None, :]) & free[None, :]
+            held = tl.maximum(held, _number(takes, n))
+            owner = tl.max(tl.where(takes, begun_span[:, None], -1), 0)
             tl.store(owner_ptr + n, owner, mask=(n < copies) & (owner >= 0))
     tl.debug_barrier()
-    tl.store(used_ptr + held0, step + tl.zeros([S], tl.int32), mask=held0 >= 0)
-    tl.store(used_ptr + held1, step + tl.zeros([S], tl.int32), mask=held1 >= 0)
-    tl.store(used_ptr + held2, step + tl.zeros([S], tl.int32), mask=held2 >= 0)
+    tl.store(used_ptr + held, step + tl.zeros([S * P], tl.int32), mask=held >= 0)
     tl.store(step_ptr, step)
 
-    _store_row(table, s, held0, held1, held2, live)
-    _store_row(context, s, context0, context1, context2, live)
-    wanted = _count((span0 >= 0) | claim0) + _count((span1 >= 0) | claim1) + _count((span2 >= 0) | claim2)
-    served = _count(held0 >= 0) + _count(held1 >= 0) + _count(held2 >= 0)
-    tl.store(wanted_served, tl.load(wanted_served) + wanted)
-    tl.store(wanted_served + 1, tl.load(wanted_served + 1) + served)
-    offset = start - before
+    row = tl.arange(0, S * P)
+    tl.store(table + row, held, mask=row < num_sequences * P)
+    tl.store(context + row, held_before, mask=row < num_sequences * P)
+    tl.store(wanted_served, tl.load(wanted_served) + tl.sum(((span >= 0) | claims).to(tl.int64), 0))
+    tl.store(wanted_served + 1, tl.load(wanted_served + 1) + tl.sum((held >= 0).to(tl.int64), 0))
+    held = tl.reshape(held, [S, P])
     writes = live & (new > 0)
-    _store_slots(slots, slot_mapping, offset, before, tl.where(writes & has_first, SPAN, 0), held0, held0, last, SPAN)
-    recent = tl.maximum(before, tl.maximum(last - 1, 0) * SPAN)
-    _store_slots(slots, slot_mapping, offset, recent, tl.where(writes, length, 0), held1, held2, last, SPAN)
+    first_end = tl.where(writes & (last >= P - 1), SPAN, 0)
+    recent_begin = tl.maximum(before, tl.maximum(last - (P - 2), 0) * SPAN)
+    offset = start - before
+    _store_slots(slots, slot_mapping, offset, before, first_end, page, held, SPAN)
+    _store_slots(slots, slot_mapping, offset, recent_begin, tl.where(writes, length, 0), page, held, SPAN)
 
 
 # Sequences side by side: comparing few with many copies at once takes less time. Each is one more kernel to compile.
@@ -235,5 +199,5 @@ def claim(
         copies.owner, copies.used, copies.step, copies.wanted_served, copies.slots, copies.table, copies.context,
         slot_mapping, query_start_loc, seq_lens, block_table, seq_lens.shape[0], slot_mapping.shape[0],
         block_table.stride(0), copies.owner.shape[0], decode_tokens,
-        side, max(4, 4096 // side), page_tokens, RECENT_PAGE_TOKENS, num_warps=8,
+        side, COPIED_PAGES, max(4, 4096 // (COPIED_PAGES * side)), page_tokens, RECENT_PAGE_TOKENS, num_warps=8,
     )

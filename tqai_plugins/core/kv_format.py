@@ -29,9 +29,9 @@ SCALE_BYTES = 2  # one float16 a vector
 SCALE_DENOMINATOR = 64
 
 # Servers keep the newest tokens of a sequence at 8 bits too, in pages of this many tokens: the page being
-# filled and the one before it.
+# filled and those before it.
 RECENT_PAGE_TOKENS = 64
-RECENT_PAGES = 2
+RECENT_PAGES = 3
 COPIED_PAGES = 1 + RECENT_PAGES  # and its first page, which most queries look at
 
 

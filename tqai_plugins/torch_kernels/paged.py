@@ -132,7 +132,7 @@ def attention(
     query [queries, q_heads, head_dim] are the last of `length` stored tokens; sinks [q_heads] are
     logits without a value. own: exact keys and values [queries, kv_heads, head_dim] of the queries'
     tokens, read in place of their codes. recent: pages of 8-bit copies uint8 [copies, kv_heads, page_bytes]
-    and which of them are the first page and the last two (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for
+    and which of them are the first page and the last RECENT_PAGES (of RECENT_PAGE_TOKENS) of what is read from codes, -1 for
     none.
     mean: what was taken off the keys of the codes; the copies have it. Returns float32 of query's shape.
     """

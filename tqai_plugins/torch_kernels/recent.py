@@ -25,8 +25,8 @@ class RecentCopies:
     wanted_served [2], such pages of sequences counted over all steps, and those among them with a copy.
 
     What a step's launches read: slots int32 [tokens], where each new token's copy goes; table int32
-    [sequences, 3], the copies of the first page, unless it is one of the last two, and of these; context int32
-    [sequences, 3], the same as of before the step's tokens, for sequences that prefill. All -1 where there is none.
+    [sequences, COPIED_PAGES], the copies of the first page, unless it is one of the last RECENT_PAGES, and of these; context
+    int32 [sequences, COPIED_PAGES], the same as of before the step's tokens, for sequences that prefill. All -1 where there is none.
     """
 
     owner: torch.Tensor
@@ -50,7 +50,7 @@ class RecentCopies:
 
 def _copied_pages(lengths: torch.Tensor) -> torch.Tensor:
     """Numbers of the first page of each sequence and of its last RECENT_PAGES; negative where there is none, and for a
-    first page among the last [sequences, 3]."""
+    first page among the last [sequences, COPIED_PAGES]."""
     pages = ((lengths + RECENT_PAGE_TOKENS - 1) // RECENT_PAGE_TOKENS)[:, None]
     first = torch.where(pages > RECENT_PAGES, 0, NEVER)
     return torch.cat([first, pages + torch.arange(-RECENT_PAGES, 0, device=lengths.device)], 1)

@@ -320,8 +320,9 @@ class Impl(TurboQuantAttentionImpl):
         read = lambda held, fmt, tokens, mean: dequantize(
             held, table, zero, zero, zero, vectors, vectors, fmt, tokens, 1, rotated=False, mean=mean
         )
-        calls = {("store", n, self.shape): functools.partial(store, tiling) for n, tiling in TILINGS.items()} | {
-            ("attend", self.shape): attend,
+        calls: dict[tuple, Callable[[], None]] = {
+            ("attend", self.shape): attend,  # first, as it takes the longest
+            **{("store", n, self.shape): functools.partial(store, tiling) for n, tiling in TILINGS.items()},
             ("merge", self.num_heads, self.head_size, self.window is not None, self.sinks is not None): lambda: merge(
                 self.workspace.partial, self.workspace.lse, zero, out, 1, sliding_window=self.window, sinks=self.sinks
             ),

@@ -49,7 +49,7 @@ class Backend(CPUAttentionBackend):
 class Metadata(CPUAttentionMetadata):
     """One step. starts and lengths (new tokens included) of its requests; those with more than query_limit new
     tokens prefill. positions: of the new tokens. recent_slots: where the copy of each new token goes, None without
-    copies; recent: the copies of the first page and the last two of what each request reads from codes."""
+    copies; recent: the copies of the first page and the last RECENT_PAGES of what each request reads from codes."""
 
     starts: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
