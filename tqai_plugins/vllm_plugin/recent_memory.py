@@ -54,7 +54,7 @@ _decided: tuple[dict | None, int] = None, 0
 def copies(config) -> int:
     """Copies that this process keeps, in every layer; 0 for none. Decided once, when the weights are loaded.
 
-    Three for each sequence that can run keep all of them at full fidelity; the share of KV memory is the limit.
+    COPIED_PAGES for each sequence that can run keep all of them at full fidelity; the share of KV memory is the limit.
     """
     global _decided
     layers = config.compilation_config.static_forward_context

@@ -39,7 +39,7 @@ def run(args) -> int:
     forced = "continuation" in ways
     reference, rows, start = {}, [], time.perf_counter()
     for entry in entries:
-        row = {"name": entry.name, "dtype": entry.dtype, **stored_bits(entry.dtype, folder)}
+        row = {"name": entry.name, "dtype": entry.dtype, **stored_bits(entry.dtype, folder, args.dtype)}
         try:
             with Server(folder, args, context, entry.options, forced) as server, ThreadPoolExecutor(args.parallel) as pool:
                 for way in ways:

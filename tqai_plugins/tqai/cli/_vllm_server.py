@@ -65,8 +65,8 @@ def served_folder(model: str) -> str:
     return folder
 
 
-def stored_bits(dtype: str, folder: str) -> dict:
-    """Bits an element, of codes and scales; for vLLM's own turboquant_* without its layers that stay uncompressed."""
+def stored_bits(dtype: str, folder: str, model_dtype: str) -> dict:
+    """Bits an element, of codes and scales, the model's for `auto`; for vLLM's own turboquant_* without its layers that stay uncompressed."""
     from transformers import AutoConfig
 
     from tqai_plugins.core.kv_format import KVFormat, is_tqai
@@ -79,7 +79,8 @@ def stored_bits(dtype: str, folder: str) -> dict:
         from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
 
         return {"bits": 4.0 * TurboQuantConfig.from_cache_dtype(dtype, head_dim).slot_size_aligned / head_dim}
-    return {"bits": 8.0 if dtype.startswith("fp8") else 16.0}
+    kept = model_dtype if dtype == "auto" else dtype
+    return {"bits": 8.0 if kept.startswith("fp8") else 32.0 if kept == "float32" else 16.0}
 
 
 class Server:

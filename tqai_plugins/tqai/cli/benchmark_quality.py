@@ -40,7 +40,7 @@ def add_parser(subparsers):
     parser.add_argument("--windows", type=int, help="windows, evenly spaced in the text (4)")
     # 32 is the block in which the cache codes, so that every token sees what it would see in generation.
     parser.add_argument("--chunk", type=int, default=32, help="scored tokens are read so many at a time (32)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of KL divergence against bits")
     parser.add_argument(
         "--top-logprobs", type=int, default=1024, help="vllm: most probable tokens that are compared (%(default)s)"
