@@ -107,7 +107,7 @@ def test_the_speed_table_through_the_shim(monkeypatch, capsys):
 
     launched = []
     metal_shim.install(monkeypatch, lambda name, *a: launched.append(name) or metal_shim.launch(name, *a))
-    monkeypatch.setattr(speed, "time_of", lambda call, **_: mx.eval(call()) or (1.0, 2.0))
+    monkeypatch.setattr(speed, "time_of", lambda call, query, **_: mx.eval(call(query)) or (1.0, 2.0))
     monkeypatch.setattr(speed, "decode_rates", functools.partial(speed.decode_rates, sizes=TINY, prompt=9, tokens=2, repeats=1))
     data = benchmark.measure("1x40", "tqai_k4v2,tqai_k8v8", 4, 2, 64)
     assert [row["name"] for row in data["rows"]] == ["mx.fast SDPA float16", "mlx-lm 4-bit affine", "tqai_k4v2", "tqai_k8v8"]

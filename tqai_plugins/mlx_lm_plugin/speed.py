@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,21 +27,36 @@ SMOLLM2_135M = {
 }  # fmt: skip
 
 
-def time_of(call: Callable[[], mx.array], calls: int = 40, repeats: int = 7) -> tuple[float, float]:
-    """Microseconds a call on the device, and to build in Python: medians of batches of lazily queued calls.
+AHEAD = 8192  # rows and columns of a product that keeps the device busy while calls are queued behind it
 
-    A batch is built before the device's clock starts: in generation mx.async_eval does both at once.
+
+def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 40, repeats: int = 7) -> tuple[float, float]:
+    """Microseconds a call on the device, and to build in Python: medians of chains of calls, each on what the one before gave,
+    as the layers of a model are.
+
+    A chain is queued while the device works on long products, so that it never waits for Python or for MLX's encoding;
+    generation too queues a token while the one before is worked on, unless the model is small.
     """
-    mx.eval(call(), call())
-    building, running = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        queued = [call() for _ in range(calls)]
+    long = mx.zeros((AHEAD, AHEAD), mx.float16)
+    mx.eval(call(call(query)), long)
+
+    def run(count: int) -> tuple[float, float]:
+        """Seconds until all is done, and seconds that building took."""
+        start, ahead = time.perf_counter(), long
+        for _ in range(3):
+            ahead = ahead @ long
+        mx.async_eval(ahead)
+        began, x = time.perf_counter(), query
+        for _ in range(count):
+            x = call(x)
         built = time.perf_counter()
-        mx.eval(queued)
-        building.append((built - start) / calls * 1e6)
-        running.append((time.perf_counter() - built) / calls * 1e6)
-    return statistics.median(running), statistics.median(building)
+        mx.eval(ahead, x)
+        return time.perf_counter() - start, built - began
+
+    alone = statistics.median(run(0)[0] for _ in range(repeats))
+    times = [run(calls) for _ in range(repeats)]
+    running, building = (statistics.median(column) / calls * 1e6 for column in zip(*times))
+    return running - alone / calls * 1e6, building
 
 
 def _or_none(measure: Callable[[], float]) -> float | None:
@@ -74,26 +88,23 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
         return mx.random.normal((sequences, heads, count, head_dim)).astype(mx.float16)
 
     def step(cache, attention) -> float:
-        def call():
-            return attention(*cache.update_and_fetch(key, value))
-
-        return time_of(call, calls=20)[0]
+        return time_of(lambda x: attention(x, *cache.update_and_fetch(key, value)), query, calls=20)[0]
 
     keys, values, query = draw(kv_heads, context), draw(kv_heads, context), draw(q_heads, 1)
     key, value = draw(kv_heads, 1), draw(kv_heads, 1)
     mx.eval(keys, values, query, key, value)
     scale = head_dim**-0.5
-    sdpa = lambda k, v: mx.fast.scaled_dot_product_attention(query, k, v, scale=scale, mask=None)
+    sdpa = lambda x, k, v: mx.fast.scaled_dot_product_attention(x, k, v, scale=scale, mask=None)
     cache = KVCache()
     cache.update_and_fetch(keys, values)
-    us, build_us = time_of(lambda: sdpa(keys, values))
+    us, build_us = time_of(lambda x: sdpa(x, keys, values), query)
     yield {"name": "mx.fast SDPA float16", "us": us, "build_us": build_us, "step_us": step(cache, sdpa)}
 
-    affine = lambda k, v: quantized_scaled_dot_product_attention(query, k, v, scale=scale, mask=None, group_size=64, bits=4)
+    affine = lambda x, k, v: quantized_scaled_dot_product_attention(x, k, v, scale=scale, mask=None, group_size=64, bits=4)
     cache = cache.to_quantized(64, 4)
     coded = mx.quantize(keys, 64, 4), mx.quantize(values, 64, 4)
     mx.eval(coded)
-    us, build_us = time_of(lambda: affine(*coded))
+    us, build_us = time_of(lambda x: affine(x, *coded), query)
     through = _or_none(lambda: step(cache, affine))
     yield {"name": "mlx-lm 4-bit affine", "us": us, "build_us": build_us, "step_us": through}
 
@@ -103,8 +114,8 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
             cache.update_and_fetch(keys[:, :, start : start + 4096], values[:, :, start : start + 4096])
             mx.eval(cache.state)
         slots, rows = cache.columns[0], mx.array([[0] * sequences, [context] * sequences], mx.int32)
-        us, build_us = time_of(functools.partial(decode_attention, query, slots, context, fmt, rows, scale=scale))
-        through = step(cache, lambda k, v: attend(query, k, v, scale, None))
+        us, build_us = time_of(lambda x: decode_attention(x, slots, context, fmt, rows, scale=scale), query)  # noqa: B023  called at once
+        through = step(cache, lambda x, k, v: attend(x, k, v, scale, None))
         size = sequences * context * kv_heads * fmt.slot_bytes
         yield {"name": fmt.name, "us": us, "build_us": build_us, "step_us": through, "bytes": size}
 

@@ -64,6 +64,6 @@ def show(data: dict) -> None:
         )  # fmt: skip
     console = Console(width=120)
     console.print(table)
-    console.print("Times of the device; building a call in Python goes on beside it in generation.")
+    console.print("Times of the device, in chains of calls that are queued before it comes to them; building a call in Python goes on beside it.")
     rates = ", ".join(f"{r['name']} {r['tokens_s']:.0f}" for r in data["models"])
     console.print(f"Tokens a second of SmolLM2-135M's sizes with random weights, one request: {rates}.")
