@@ -1,6 +1,6 @@
 // Shared by all kernels here; their .metal files hold bodies, which mx.fast.metal_kernel wraps in a signature.
 //
-// A vector lies in neighbouring lanes of a simdgroup, PER coordinates (8 or 16) a lane: chunk c holds coordinates
+// To be rotated, a vector lies in neighbouring lanes of a simdgroup, PER coordinates a lane: chunk c holds coordinates
 // PER c to PER c + PER - 1. Groups of LANES lanes work on different vectors; in a group the lanes from CHUNKS on idle.
 
 template <int D, int PER> struct Lanes {
@@ -66,43 +66,44 @@ template <int LANES> TQAI_FN float group_max(float x) {
 // Bit of coordinate i (0 to 15) in the sign word of its pair of chunks, for the second chunk of the pair.
 TQAI_FN int sign_bit(int i) { return 8 * (i >> 2) + (i & 1) + 2 * (i & 2); }
 
-// The words that hold the PER codes of a lane, as they lie in memory: asked for long before they are unpacked, by
-// all lanes of a simdgroup at once: see Levels in the preludes.
-template <int BITS, int PER> struct Share {
-    static constexpr int WORDS = BITS == 3 ? 2 : (PER * Width<BITS>::OF_ONE + 31) / 32;
+// The words that hold the eight codes of chunk c, as they lie in memory.
+template <int BITS> struct Share {
+    static constexpr int WORDS = BITS == 8 || BITS == 3 ? 2 : 1;
 };
-template <int BITS, int PER, int D, typename Words>
-TQAI_FN void fetch(Words words, int c, thread uint (&share)[Share<BITS, PER>::WORDS]) {
-    const int sixteen = c * PER / 16;
-    if (BITS == 8 || BITS == 4) {
-        UNROLL for (int w = 0; w < Share<BITS, PER>::WORDS; w++) share[w] = words[Share<BITS, PER>::WORDS * c + w];
-    } else {
-        share[0] = words[sixteen];
-        if (BITS == 3) share[Share<BITS, PER>::WORDS - 1] = words[2 * Packed<D, BITS>::PAIRS + (sixteen >> 1)];
-    }
+// Where in a vector's codes word w of them is.
+template <int BITS, int D> TQAI_FN int word_of(int c, int w) {
+    return BITS == 8 ? 2 * c + w : BITS == 4 ? c : w ? 2 * Packed<D, BITS>::PAIRS + (c >> 2) : c >> 1;
 }
-template <int BITS, int PER>
-TQAI_FN void unpack(thread const uint (&share)[Share<BITS, PER>::WORDS], Levels levels, int c, thread float (&out)[PER]) {
-    const int sixteen = c * PER / 16, half_of_it = PER == 16 ? 0 : 16 * (c & 1);
-    if (BITS == 8) {
-        UNROLL for (int i = 0; i < PER; i++) out[i] = float(int(share[i / 4] << (24 - 8 * (i & 3))) >> 24) + 0.5f;
-    } else if (BITS == 4) {
-        UNROLL for (int i = 0; i < PER; i += 8) eight<BITS>(levels, share[i / 8], out + i);
-    } else if (BITS == 3) {
-        const uint low = share[0] >> half_of_it;
-        const uint signs = share[Share<BITS, PER>::WORDS - 1] >> ((sixteen & 1 ? 0 : 2) + half_of_it);
-        UNROLL for (int i = 0; i < PER; i++) out[i] = one(levels, (low >> (2 * i) & 3u) | (signs >> sign_bit(i) & 1u) << 2);
-    } else if (BITS == VECTOR) {  // a level is the pattern's four magnitudes, less the one half
-        UNROLL for (int i = 0; i < PER; i += 4) {
-            const uint code = share[0] >> (half_of_it + 2 * i), pattern = as_type<uint>(one(levels, code));
-            UNROLL for (int j = 0; j < 4; j++) {
-                const float size = float(pattern >> (8 * j) & 255u) + 0.5f;
-                out[i + j] = code >> (PATTERN_BITS + j) & 1u ? -size : size;
+
+// Element i of a fragment of a chunk's numbers: two of a token, or one of each of two.
+template <int BITS, int TOKENS> TQAI_FN float element(thread const float (&numbers)[TOKENS][8], int fragment, int i) {
+    return TOKENS == 1 ? numbers[0][order<BITS>(2 * fragment + i)] : numbers[i % TOKENS][order<BITS>(fragment)];
+}
+
+// Levels of chunk c of one or two tokens, by fragments. All lanes of a simdgroup at once: see Levels in the preludes.
+template <int BITS, int TOKENS>
+TQAI_FN void unpack(thread const uint (&share)[TOKENS][Share<BITS>::WORDS], Levels levels, int c, thread Coarse (&out)[4 * TOKENS]) {
+    if (picked<BITS, TOKENS>(levels, share, c, out)) return;
+    float level[TOKENS][8];
+    UNROLL for (int t = 0; t < TOKENS; t++) {
+        const uint first = BITS == 2 || BITS == 3 || BITS == VECTOR ? share[t][0] >> 16 * (c & 1) : share[t][0];
+        const uint last = share[t][Share<BITS>::WORDS - 1];
+        UNROLL for (int i = 0; i < 8; i++) {
+            if (BITS == 8) {
+                level[t][i] = number((i < 4 ? first : last) ^ 0x80808080u, i & 3, -127.5f);
+            } else if (BITS == VECTOR) {  // a level is one of the pattern's four magnitudes, less the one half
+                const uint code = first >> (i & 4) * 2, pattern = as_type<uint>(one(levels, code));
+                const float size = number(pattern, i & 3, 0.5f);
+                level[t][i] = code >> (PATTERN_BITS + (i & 3)) & 1u ? -size : size;
+            } else if (BITS == 3) {
+                const uint sign = last >> (16 * (c & 1) + (c & 2 ? 0 : 2) + sign_bit(i)) & 1u;
+                level[t][i] = one(levels, (first >> (2 * i) & 3u) | sign << 2);
+            } else {
+                level[t][i] = one(levels, first >> (BITS * i));
             }
         }
-    } else {
-        UNROLL for (int i = 0; i < PER; i += 8) eight<BITS>(levels, share[0] >> (half_of_it + 2 * i), out + i);
     }
+    UNROLL for (int m = 0; m < 4 * TOKENS; m++) out[m] = coarse(element<BITS>(level, m, 0), element<BITS>(level, m, 1));
 }
 
 // Of four sizes on a grid, the index of the closest pattern (vector_codebook.half_energies), the first of equals; what
@@ -135,57 +136,172 @@ TQAI_FN uint nearest(Numbers patterns, thread const float* size, float grid, thr
 TQAI_FN float key_scale(uint word) { return float(as_type<half>(ushort(word & 0xffffu))) * (1.0f / SCALE_DENOMINATOR); }
 TQAI_FN float value_scale(uint word) { return float(as_type<half>(ushort(word >> 16))) * (1.0f / SCALE_DENOMINATOR); }
 
-// Attention of G query heads over U tokens at once, G and U powers of two. In lane c of a group, slot j is head
-// j ^ (c % G) and slot u is token u ^ (c / G % U): so lane c ends up with the score of its slots 0, 0, and slots j, u
-// are in the hands of lane c ^ (j + G u). Shuffles need no selection then, and a weight is computed once.
-template <int G, int U, int PER>
-TQAI_FN void dots(thread const float (&query)[G][PER], thread const float (&key)[PER], int u, thread float (&score)[G][U]) {
-    UNROLL for (int g = 0; g < G; g++) {
-        score[g][u] = 0.0f;
-        UNROLL for (int i = 0; i < PER; i++) score[g][u] += query[g][i] * key[i];
-    }
+// Attention on the matrix unit, by tiles of 8 query heads, 8 tokens and 8 coordinates. On the right stand keys (coordinates by
+// tokens) or values (tokens by coordinates), of which a lane has two neighbours in a column, or in a row: two coordinates of
+// one token, or one of two TOKENS. A lane unpacks chunks of 8 coordinates of these, which 4 TOKENS lanes share, chunk by chunk
+// in so many rounds; every round makes 4 TOKENS fragments, that is, a lane's parts of tiles.
+template <int D, int TOKENS> struct Dealt {
+    static constexpr int LANES = 4 * TOKENS, FRAGMENTS = 4 * TOKENS, ROUNDS = (D / 8 + LANES - 1) / LANES;
+};
+template <int TOKENS> TQAI_FN int token_of(int lane, int i) { return TOKENS == 1 ? tile_row(lane) : tile_column(lane) + i; }
+// Which chunk is a round's: neighbours for neighbours among the lanes of a token, or two of one word for each, where that leaves
+// none idle; the last chunk where there is no other.
+template <int BITS, int D, int TOKENS> TQAI_FN int chunk_of(int neighbour, int round) {
+    constexpr bool TWO = (BITS < 4 || BITS == VECTOR) && D / 8 % (8 * TOKENS) == 0;
+    return TWO ? 8 * TOKENS * (round / 2) | 2 * neighbour | round % 2 : 4 * TOKENS * round + metal::min(neighbour, D / 8 - 1 - 4 * TOKENS * round);
+}
+template <int BITS, int D, int TOKENS> TQAI_FN int own_chunk(int lane, int round) {
+    return chunk_of<BITS, D, TOKENS>(TOKENS == 1 ? tile_column(lane) / 2 : tile_row(lane), round);
+}
+// Which coordinate is in line k of the tile of a fragment; -1 if none.
+template <int BITS, int D, int TOKENS> TQAI_FN int coordinate(int round, int fragment, int k) {
+    const int neighbour = TOKENS == 1 ? k / 2 : k, i = TOKENS == 1 ? 2 * fragment + k % 2 : fragment;
+    return 4 * TOKENS * round + neighbour < D / 8 ? 8 * chunk_of<BITS, D, TOKENS>(neighbour, round) + order<BITS>(i) : -1;
 }
 
-// The lane's own score, summed over the group.
-template <int G, int U, int LANES> TQAI_FN float own_score(thread float (&score)[G][U]) {
-    UNROLL for (int stride = 1; stride < G; stride <<= 1)
-        UNROLL for (int g = 0; g < G; g += 2 * stride)
-            UNROLL for (int u = 0; u < U; u++) score[g][u] += simd_shuffle_xor(score[g + stride][u], ushort(stride));
-    UNROLL for (int stride = 1; stride < U; stride <<= 1)
-        UNROLL for (int u = 0; u < U; u += 2 * stride) score[0][u] += simd_shuffle_xor(score[0][u + stride], ushort(G * stride));
-    UNROLL for (int stride = G * U; stride < LANES; stride <<= 1) score[0][0] += simd_shuffle_xor(score[0][0], ushort(stride));
-    return score[0][0];
-}
-
-// What lane c ^ (j + G u) holds.
-template <int G> TQAI_FN float of_slots(float x, int j, int u) {
-    return j + G * u == 0 ? x : simd_shuffle_xor(x, ushort(j + G * u));
-}
-
-// The lane's score to its weight under the head's running base-2 maximum `top`; `total` is that of the lane's tokens.
-template <int G, int U, int PER>
-TQAI_FN float weigh(float score, thread float& top, thread float& total, thread float (&sum)[G][PER]) {
-    float highest = score;
-    UNROLL for (int stride = G; stride < G * U; stride <<= 1) highest = metal::max(highest, simd_shuffle_xor(highest, ushort(stride)));
-    if (simd_any(highest > top)) {
-        highest = metal::max(highest, top);
-        const float shrink = metal::exp2(top - highest);
-        top = highest;
-        total *= shrink;
-        UNROLL for (int g = 0; g < G; g++) {
-            const float factor = of_slots<G>(shrink, g, 0);
-            UNROLL for (int i = 0; i < PER; i++) sum[g][i] *= factor;
+// Queries of all heads as the tiles of keys meet them.
+template <int BITS, int D, int TOKENS, typename Numbers>
+TQAI_FN void read_queries(Numbers queries, int stride, int lane, int round, thread Fine (&out)[4 * TOKENS]) {
+    UNROLL for (int m = 0; m < 4 * TOKENS; m++) {
+        float x[2];
+        UNROLL for (int i = 0; i < 2; i++) {
+            const int at = coordinate<BITS, D, TOKENS>(round, m, tile_column(lane) + i);
+            x[i] = at >= 0 ? queries[tile_row(lane) * stride + at] : 0.0f;
         }
+        out[m] = fine(x[0], x[1]);
     }
-    const float weight = metal::exp2(score - top);
-    total += weight;
-    return weight;
 }
 
-template <int G, int PER>
-TQAI_FN void add(float weight, thread const float (&value)[PER], int u, thread float (&sum)[G][PER]) {
-    UNROLL for (int g = 0; g < G; g++) {
-        const float share = of_slots<G>(weight, g, u);
-        UNROLL for (int i = 0; i < PER; i++) sum[g][i] += share * value[i];
+// Reductions over the lanes of a row.
+TQAI_FN float row_max(float x) {
+    x = metal::max(x, simd_shuffle_xor(x, ushort(1)));
+    return metal::max(x, simd_shuffle_xor(x, ushort(ROW_LANES - 1)));
+}
+TQAI_FN float row_sum(float x) {
+    x += simd_shuffle_xor(x, ushort(1));
+    return x + simd_shuffle_xor(x, ushort(ROW_LANES - 1));
+}
+
+// What a lane has of its simdgroup's work on a KV head's tokens up to `last`: words of two tiles of codes, asked for long before
+// they are unpacked, exact tokens, queries, and what came of them under the head's running base-2 maximum `top`; `total` is of
+// the lane's tokens only.
+template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename Rows, typename Numbers> struct Work {
+    static constexpr int D = HEAD_DIM, BK = KEY_BITS, BV = VALUE_BITS, KT = KEY_TOKENS, VT = VALUE_TOKENS;
+    static constexpr int KR = Dealt<D, KT>::ROUNDS, VR = Dealt<D, VT>::ROUNDS;
+    static constexpr int KW = Packed<D, BK>::WORDS, WORDS = KW + Packed<D, BV>::WORDS + 1;
+    static constexpr int STRIDE = D + 1;  // of queries: lanes of different heads read different banks
+    static constexpr bool KEPT = D <= 128;  // queries, in registers
+    int lane, last;
+    Words slots;
+    Levels key_levels, value_levels;
+    uint key[2][KR][KT][Share<BK>::WORDS], value[2][VR][VT][Share<BV>::WORDS], scales[2][2];
+    Numbers bias;  // what scores of codes gain by their tokens
+    Rows sinks[2], ring[2];  // exact keys and values: of `count` sinks, and then from `oldest` on of a ring with `room`
+    int count, oldest, room;
+    Fine query[KR][4 * KT];
+    float top, total;
+    Sums sum[VR][4 * VT];
+};
+
+// The words of the two tiles from `slots` on, token `first`, by where they lie `after` the start of a slot.
+template <int BITS, int TOKENS, int ROUNDS, typename Work>
+TQAI_FN void ask(thread const Work& its, int after, int first, thread uint (&share)[2][ROUNDS][TOKENS][Share<BITS>::WORDS]) {
+    UNROLL for (int tile = 0; tile < 2; tile++)
+        UNROLL for (int t = 0; t < TOKENS; t++) {
+            const int at = metal::min(TILE * tile + token_of<TOKENS>(its.lane, t), its.last - first) * Work::WORDS + after;
+            UNROLL for (int r = 0; r < ROUNDS; r++)
+                UNROLL for (int w = 0; w < Share<BITS>::WORDS; w++)
+                    share[tile][r][t][w] = its.slots[at + word_of<BITS, Work::D>(own_chunk<BITS, Work::D, TOKENS>(its.lane, r), w)];
+        }
+}
+template <typename Work> TQAI_FN void ask_keys(thread Work& its, int first) { ask<Work::BK>(its, 0, first, its.key); }
+template <typename Work> TQAI_FN void ask_values(thread Work& its, int first) {
+    ask<Work::BV>(its, Work::KW, first, its.value);
+    UNROLL for (int tile = 0; tile < 2; tile++)
+        UNROLL for (int i = 0; i < 2; i++)
+            its.scales[tile][i] = its.slots[metal::min(TILE * tile + token_of<2>(its.lane, i), its.last - first) * Work::WORDS + Work::WORDS - 1];
+}
+
+// Fragments of a tile of exact tokens as they are, from token `first` on.
+template <int BITS, int TOKENS, typename Work>
+TQAI_FN void read(thread const Work& its, int part, int first, int r, thread Fine (&out)[4 * TOKENS]) {
+    float numbers[TOKENS][8];
+    UNROLL for (int t = 0; t < TOKENS; t++) {
+        const int token = metal::min(first + token_of<TOKENS>(its.lane, t), its.last), at = its.oldest + token - its.count;
+        const size_t row = token < its.count ? token : at < its.room ? at : at - its.room;
+        load((token < its.count ? its.sinks[part] : its.ring[part]) + row * Work::D + 8 * own_chunk<BITS, Work::D, TOKENS>(its.lane, r), numbers[t]);
+    }
+    UNROLL for (int m = 0; m < 4 * TOKENS; m++)
+        out[m] = fine(element<BITS>(numbers, m, 0), element<BITS>(numbers, m, 1));
+}
+
+// Steps of two tiles, of codes or of exact tokens: a loop for each, or the registers of one would be kept from the other. The
+// words of the next step are asked for as soon as this one's are unpacked.
+template <bool EXACTLY, bool BIASED, typename Work, typename Numbers>
+TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
+    constexpr int D = Work::D, BK = Work::BK, BV = Work::BV, KT = Work::KT, VT = Work::VT;
+    for (; step <= its.last; step += steps) {
+        its.slots += steps * Work::WORDS;  // of the next step
+        Sums product[2] = {nothing(), nothing()};
+        UNROLL for (int r = 0; r < Work::KR; r++) {
+            if (!Work::KEPT) read_queries<BK, D, KT>(queries, Work::STRIDE, its.lane, r, its.query[r]);
+            UNROLL for (int tile = 0; tile < 2; tile++) {
+                const int first = step + TILE * tile;
+                if (EXACTLY) {
+                    Fine key[4 * KT];
+                    read<BK, KT>(its, 0, first, r, key);
+                    UNROLL for (int m = 0; m < 4 * KT; m++) multiply_add(its.query[r][m], key[m], product[tile]);
+                } else {
+                    Coarse key[4 * KT];
+                    unpack<BK, KT>(its.key[tile][r], its.key_levels, own_chunk<BK, D, KT>(its.lane, r), key);
+                    UNROLL for (int m = 0; m < 4 * KT; m += 2)
+                        multiply_add(its.query[r][m], its.query[r][m + 1], key[m], key[m + 1], product[tile]);
+                }
+            }
+        }
+        if (!EXACTLY) ask_keys(its, step + steps);
+        float score[2][2], highest = its.top;
+        UNROLL for (int tile = 0; tile < 2; tile++)
+            UNROLL for (int i = 0; i < 2; i++) {
+                const int token = step + TILE * tile + token_of<2>(its.lane, i);
+                score[tile][i] = of(product[tile], i);
+                if (!EXACTLY) score[tile][i] *= key_scale(its.scales[tile][i]);
+                if (!EXACTLY && BIASED) score[tile][i] += its.bias[metal::min(token, its.last)];
+                if (token > its.last) score[tile][i] = -3e38f;
+                highest = metal::max(highest, score[tile][i]);
+            }
+        if (simd_any(highest > its.top)) {
+            highest = row_max(highest);
+            const float shrink = metal::exp2(its.top - highest);
+            its.top = highest;
+            its.total *= shrink;
+            UNROLL for (int r = 0; r < Work::VR; r++)
+                UNROLL for (int m = 0; m < 4 * VT; m++) scale(its.sum[r][m], shrink);
+        }
+        Fine weight[2];
+        UNROLL for (int tile = 0; tile < 2; tile++) {
+            UNROLL for (int i = 0; i < 2; i++) {
+                score[tile][i] = metal::exp2(score[tile][i] - its.top);
+                its.total += score[tile][i];
+                if (!EXACTLY) score[tile][i] *= value_scale(its.scales[tile][i]);
+            }
+            weight[tile] = fine(score[tile][0], score[tile][1]);
+        }
+        UNROLL for (int r = 0; r < Work::VR; r++) {
+            if (EXACTLY) {
+                UNROLL for (int tile = 0; tile < 2; tile++) {
+                    Fine value[4 * VT];
+                    read<BV, VT>(its, 1, step + TILE * tile, r, value);
+                    UNROLL for (int m = 0; m < 4 * VT; m++) multiply_add(weight[tile], value[m], its.sum[r][m]);
+                }
+            } else {
+                Coarse value[2][4 * VT];
+                UNROLL for (int tile = 0; tile < 2; tile++) {
+                    unpack<BV, VT>(its.value[tile][r], its.value_levels, own_chunk<BV, D, VT>(its.lane, r), value[tile]);
+                }
+                UNROLL for (int m = 0; m < 4 * VT; m++) multiply_add(weight[0], weight[1], value[0][m], value[1][m], its.sum[r][m]);
+            }
+        }
+        if (!EXACTLY) ask_values(its, step + steps);
     }
 }

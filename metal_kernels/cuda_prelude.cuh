@@ -45,33 +45,97 @@ TQAI_FN uint pick(uint first, uint second, uint places) {
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(first), "r"(second), "r"(places));
     return bytes;
 }
-// Levels by their codes: a lane keeps one, and a look-up is a shuffle, whose index counts modulo the table. For two bits
-// an instruction that picks bytes finds four at once, which shuffles are too scarce for. A level fits into the upper
-// half of a float: its two bytes come from two tables, and the lower half repeats the sign, so that the table holds a
-// negative level's bits less one.
+// By way of 2^15 + x, as conversions of whole numbers are slow.
+TQAI_FN float number(uint word, int i, float more) {
+    return as_type<float>(pick(word, 0x47000000u, 0x7504u + 0x10u * i)) + (more - 32768.0f);
+}
+template <class E> TQAI_FN void load(const E* row, float (&out)[8]) {  // at once
+    struct alignas(16) Chunk {
+        E of[8];
+    };
+    const Chunk chunk = *reinterpret_cast<const Chunk*>(row);
+    UNROLL for (int i = 0; i < 8; i++) out[i] = float(chunk.of[i]);
+}
+
+// The matrix unit's tiles as mma.m16n8k16 has them. Its factors are bfloat16, exact for levels: Coarse. Fine numbers are two
+// of them, of which the instruction takes the second as 8 more rows, which it has and heads seldom fill.
+typedef uint Coarse;
+struct Fine {
+    Coarse high, rest;
+};
+struct Sums {
+    float of[4];
+};
+#define KEY_TOKENS 1  // of a tile: those whose keys a lane has, see Dealt in common.metal
+#define VALUE_TOKENS 2
+#define ROW_LANES 3
+TQAI_FN int tile_row(int lane) { return lane / 4; }
+TQAI_FN int tile_column(int lane) { return lane % 4 * 2; }
+TQAI_FN Sums nothing() { return {}; }
+TQAI_FN Coarse coarse(float x, float y) {
+    Coarse pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(y), "f"(x));
+    return pair;
+}
+TQAI_FN float of(Coarse pair, int i) { return as_type<float>(i ? pair & 0xffff0000u : pair << 16); }
+TQAI_FN Fine fine(float x, float y) {
+    const Coarse high = coarse(x, y);
+    return {high, coarse(x - of(high, 0), y - of(high, 1))};
+}
+TQAI_FN float of(Sums sums, int i) { return sums.of[i] + sums.of[i + 2]; }
+TQAI_FN void scale(Sums& sums, float factor) { UNROLL for (int i = 0; i < 4; i++) sums.of[i] *= factor; }
+TQAI_FN void multiply_add(Fine a0, Fine a1, Coarse b0, Coarse b1, Sums& sums) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
+        : "r"(a0.high), "r"(a0.rest), "r"(a1.high), "r"(a1.rest), "r"(b0), "r"(b1));
+}
+TQAI_FN void multiply_add(Fine a, Fine b, Sums& sums) { multiply_add(a, a, b.high, b.rest, sums); }
+
+// Levels by their codes. Up to four bits, an instruction that picks bytes finds four at once in tables of eight, one of the
+// levels' upper bytes and one of their lower; of four bits in those of negative levels, whose sign is then taken away.
+// Others are kept by one lane each, and looked up by a shuffle, whose index counts modulo the table.
 struct Levels {
     float mine;
-    uint high, low;
+    uint high[2], low[2];
 };
 template <int BITS, typename Numbers> TQAI_FN Levels kept(Numbers table, int lane) {
-    Levels levels = {table[lane % (1 << BITS) % 16], 0, 0};
-    UNROLL for (int code = 0; code < 4; code++) {
-        const uint bits = as_type<uint>(table[code]) - (table[code] < 0.0f);
-        levels.high |= (bits >> 24) << (8 * code);
-        levels.low |= (bits >> 16 & 255u) << (8 * code);
+    Levels levels = {table[lane % (1 << BITS) % 16], {0, 0}, {0, 0}};
+    UNROLL for (int code = 0; code < 8; code++) {
+        const uint bits = as_type<uint>(table[BITS == 4 ? code + 8 : code]);
+        levels.high[code / 4] |= (bits >> 24) << (8 * (code % 4));
+        levels.low[code / 4] |= (bits >> 16 & 255u) << (8 * (code % 4));
     }
     return levels;
 }
 TQAI_FN float one(Levels levels, uint code) { return simd_table(levels.mine, code); }
-template <int BITS> TQAI_FN void eight(Levels levels, uint codes, float* out) {
-    if (BITS == 2) {
-        UNROLL for (int odd = 0; odd < 2; odd++) {
-            const uint places = codes >> (2 * odd) & 0x3333u;
-            const uint high = pick(levels.high, 0, places), low = pick(levels.low, 0, places);
-            UNROLL for (int i = 0; i < 4; i++) out[2 * i + odd] = as_type<float>(pick(low, high, 0x40cc + 0x1111 * i));
+template <int BITS> TQAI_FN int order(int i) { return BITS < 4 ? 2 * (i % 4) + i / 4 : i; }
+template <int BITS, int TOKENS, int WORDS>
+TQAI_FN bool picked(Levels levels, const uint (&share)[TOKENS][WORDS], int c, Coarse* out) {
+    if (BITS > 4) return false;
+    const uint* first = share[0];
+    const uint* second = share[TOKENS - 1];
+    // Codes to the nibbles that pick, of two tokens in turn.
+    const uint half = (TOKENS == 1 ? 0x10u : 0x5140u) + 0x2222u * (c & 1);
+    uint places[2];
+    UNROLL for (int k = 0; k < 2; k++) {
+        if (BITS == 4) {
+            places[k] = TOKENS == 1 ? first[0] >> (16 * k) : pick(first[0], second[0], 0x5140u + 0x2222u * k);
+        } else {
+            places[k] = pick(first[0], second[0], half) >> (2 * k) & 0x33333333u;
+            if (BITS == 3) {
+                const uint signs = pick(first[WORDS - 1], second[WORDS - 1], half) >> (c & 2 ? 0 : 2);
+                places[k] |= (signs >> k & 0x11111111u) << 2;
+            }
         }
-    } else {
-        UNROLL for (int i = 0; i < 8; i++) out[i] = one(levels, codes >> (BITS * i));
     }
+    UNROLL for (int k = 0; k < 2 * TOKENS; k++) {
+        const uint codes = places[k / TOKENS] >> (16 * (k % TOKENS));
+        const uint at = BITS == 4 ? (places[k / TOKENS] & 0x77777777u) >> (16 * (k % TOKENS)) : codes;
+        uint high = pick(levels.high[0], levels.high[1], at), low = pick(levels.low[0], levels.low[1], at);
+        if (BITS == 4) high -= 128u * pick(0x01010101u, 0x01010101u, codes);  // 0 where the nibble's fourth bit is set
+        out[2 * k] = pick(low, high, TOKENS == 1 ? 0x5140u : 0x6240u);
+        out[2 * k + 1] = pick(low, high, TOKENS == 1 ? 0x7362u : 0x7351u);
+    }
+    return true;
 }
 #define thread

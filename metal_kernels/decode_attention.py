@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from ..core.kv_format import KVFormat
 from . import launch, tables
-from .store import lanes
 
-HEADS_AT_ONCE = 4  # query heads that share a reading of the slots, a power of two
-TOKENS_AT_ONCE = 4  # tokens that lanes take at once, a power of two
-NUMBERS = 64  # of queries and sums, each in a lane's registers
+SIMDGROUPS = 4
+TOKENS_AT_ONCE = SIMDGROUPS * 2 * launch.TILE  # of a threadgroup
 THREADGROUPS = 528  # four on each of an H100's 132 multiprocessors, all there at once
 MERGE_SIMDGROUPS = 16
 
@@ -51,34 +47,16 @@ def decode_attention(
     exact, counts = recent is not None or sinks is not None, [0 if x is None else x.shape[2] for x in (recent, sinks)]
     positions = 0 if bias is None else bias.shape[2]
     if splits is None:
-        share = _share(fmt.head_dim, q_heads // heads)
-        most = THREADGROUPS // (batch * heads * share.blocks) - exact
-        splits = max(1, min(-(-length // share.at_once), most))
+        most = THREADGROUPS // (batch * heads * _blocks(q_heads // heads)) - exact
+        splits = max(1, min(-(-length // TOKENS_AT_ONCE), most))
     sizes = tables.numbers(length, splits, capacity, counts[0], ring, counts[1], first, heads, batch, positions)
     plan = _Plan(fmt, scale, splits, queries.shape, slots.shape, *counts, positions)
     return launch.traced(_attend, plan, queries, slots, sizes, rows, recent, sinks, extra, bias)
 
 
-@dataclass(frozen=True)
-class _Share:
-    """What a threadgroup takes at once of the heads and tokens of a KV head."""
-
-    coordinates: int  # a lane
-    heads: int  # query heads
-    blocks: int  # of so many heads, which the query heads of a KV head make
-    tokens: int  # a group of lanes
-    simdgroups: int
-    at_once: int  # tokens of all simdgroups
-
-
-@functools.lru_cache(None)
-def _share(head_dim: int, group: int) -> _Share:
-    coordinates = 8 if head_dim <= 256 else 16
-    across = lanes(head_dim, coordinates)  # lanes of one vector
-    together = min(HEADS_AT_ONCE, across, NUMBERS // 2 // coordinates, 1 << (group - 1).bit_length())
-    tokens = min(TOKENS_AT_ONCE, across // together)
-    simdgroups = max(1, min(4, 4096 // (together * head_dim)))  # 16 KiB of threadgroup memory
-    return _Share(coordinates, together, -(-group // together), tokens, simdgroups, simdgroups * 32 // across * tokens)
+def _blocks(group: int) -> int:
+    """Threadgroups that the query heads of a KV head take: rows of the matrix unit's tiles."""
+    return -(-group // launch.TILE)
 
 
 class _Plan(NamedTuple):
@@ -98,7 +76,6 @@ def _attend(plan: _Plan, queries, slots, sizes, rows, recent, sinks, extra, bias
     fmt, splits = plan.fmt, plan.splits
     batch, q_heads, _, head_dim = queries.shape
     heads = slots.shape[1]
-    share = _share(head_dim, q_heads // heads)
     exact = recent is not None or sinks is not None
     dtype = next((x.dtype for x in (recent, sinks) if x is not None), queries.dtype)
     none = tables.nothing(dtype)
@@ -114,11 +91,10 @@ def _attend(plan: _Plan, queries, slots, sizes, rows, recent, sinks, extra, bias
         {"sums": ((batch, q_heads, parts, head_dim), mx.float32), "stats": ((batch, q_heads, parts, 2), mx.float32)},
         {
             "T": queries.dtype, "E": dtype, **launch.template(fmt), "GROUP": q_heads // heads,
-            "G": share.heads, "U": share.tokens, "PER": share.coordinates, "SG": share.simdgroups, "EXACT": int(exact),
-            "BIAS": int(bias is not None),
+            "SG": SIMDGROUPS, "EXACT": int(exact), "BIAS": int(bias is not None),
         },
-        (parts, heads * share.blocks, batch),
-        share.simdgroups,
+        (parts, heads * _blocks(q_heads // heads), batch),
+        SIMDGROUPS,
     )  # fmt: skip
     return merge(sums, stats, fmt, splits, exact, extra, queries.dtype)
 

@@ -11,15 +11,17 @@
     const device uint* slot = slots + (size_t(row) * sizes[1] + metal::min(token, sizes[0] - 1)) * WORDS;
     const size_t at = (size_t(row) * sizes[0] + token) * D + 16 * chunk;
     const uint scales = slot[KW + VW];
-    const int part = mine ? chunk : 0;
-    uint key[Share<BK, 16>::WORDS], value[Share<BV, 16>::WORDS];
-    fetch<BK, 16, D>(slot, part, key);
-    fetch<BV, 16, D>(slot + KW, part, value);
     const Levels key_levels = kept<BK>(tables, lane), value_levels = kept<BV>(tables + 16, lane);
-    float level[16];
-    unpack<BK, 16>(key, key_levels, part, level);
-    if (mine)
-        UNROLL for (int i = 0; i < 16; i++) keys[at + i] = T(level[i] * key_scale(scales));
-    unpack<BV, 16>(value, value_levels, part, level);
-    if (mine)
-        UNROLL for (int i = 0; i < 16; i++) values[at + i] = T(level[i] * value_scale(scales));
+    UNROLL for (int second = 0; second < 2; second++) {
+        const int part = mine ? 2 * chunk + second : 0;
+        uint key[1][Share<BK>::WORDS], value[1][Share<BV>::WORDS];
+        UNROLL for (int w = 0; w < Share<BK>::WORDS; w++) key[0][w] = slot[word_of<BK, D>(part, w)];
+        UNROLL for (int w = 0; w < Share<BV>::WORDS; w++) value[0][w] = slot[KW + word_of<BV, D>(part, w)];
+        Coarse level[4];
+        unpack<BK, 1>(key, key_levels, part, level);
+        if (mine)
+            UNROLL for (int i = 0; i < 8; i++) keys[at + 8 * second + order<BK>(i)] = T(of(level[i / 2], i % 2) * key_scale(scales));
+        unpack<BV, 1>(value, value_levels, part, level);
+        if (mine)
+            UNROLL for (int i = 0; i < 8; i++) values[at + 8 * second + order<BV>(i)] = T(of(level[i / 2], i % 2) * value_scale(scales));
+    }

@@ -15,19 +15,8 @@ from ..core.codebook import TOP
 from ..core.kv_format import SCALE_DENOMINATOR, KVFormat
 from ..core.reference import SMALLEST_RMS
 
-METAL_PRELUDE = """#define TQAI_FN inline
-#define UNROLL _Pragma("unroll")
-// The value of lane `index` modulo 32.
-TQAI_FN float simd_table(float v, uint index) { return metal::simd_shuffle(v, ushort(index & 31u)); }
-// Levels by their codes: a lane keeps one, and a look-up is a shuffle, whose index counts modulo the table.
-typedef float Levels;
-template <int BITS, typename Numbers> TQAI_FN Levels kept(Numbers table, int lane) { return table[lane % (1 << BITS) % 16]; }
-TQAI_FN float one(Levels levels, uint code) { return simd_table(levels, code); }
-template <int BITS> TQAI_FN void eight(Levels levels, uint codes, thread float* out) {
-    UNROLL for (int i = 0; i < 8; i++) out[i] = one(levels, codes >> (BITS * i));
-}
-"""
 VECTOR = 16  # what kernels call vector values where they tell codes apart by their bits
+TILE = 8  # rows and columns of the matrix unit's tiles
 TRACES = 64  # kept by a thread; the layers of a step share one or two
 CUDA_TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 
@@ -52,7 +41,7 @@ def _facts() -> str:
     """Numbers of the codec that kernels use."""
     facts = {
         "TOP": f"{TOP}f", "SMALLEST_RMS": f"{SMALLEST_RMS}f", "SCALE_DENOMINATOR": f"{SCALE_DENOMINATOR}.0f",
-        "VECTOR": VECTOR, "PATTERN_BITS": PATTERN_BITS,
+        "VECTOR": VECTOR, "PATTERN_BITS": PATTERN_BITS, "TILE": TILE,
     }  # fmt: skip
     return "".join(f"#define {name} {value}\n" for name, value in facts.items())
 
@@ -65,7 +54,7 @@ def template(fmt: KVFormat) -> dict[str, int]:
 @functools.lru_cache(None)
 def header() -> str:
     """What comes before every kernel on Metal."""
-    return METAL_PRELUDE + _facts() + _text("common.metal")
+    return _text("metal_prelude.metal") + _facts() + _text("common.metal")
 
 
 def _include(name: str) -> str:

@@ -40,6 +40,12 @@ struct bfloat16_t {
 struct uint3 {
     uint x, y, z;
 };
+struct float2 {
+    float x, y;
+    float2() = default;
+    float2(float x, float y) : x(x), y(y) {}
+    float2 operator*(float factor) const { return {x * factor, y * factor}; }
+};
 struct float4 {
     float x, y, z, w;
 };
@@ -210,6 +216,30 @@ template <class T> T simd_max(T v, LINE) {
     T top = shim::value<T>(all[0]);
     for (int i = 1; i < 32; i++) top = std::max(top, shim::value<T>(all[i]));
     return top;
+}
+// Apple leaves open where an element lies; MLX's own kernels rely on this.
+inline int row_of(uint lane) { return (lane / 4 & 4) + lane / 2 % 4; }
+inline int column_of(uint lane) { return (lane / 4 & 2) * 2 + lane % 2 * 2; }
+struct simdgroup_float8x8 {
+    float own[2];
+    float (&thread_elements())[2] { return own; }
+};
+struct Tile {
+    float at[8][8];
+    Tile(const simdgroup_float8x8& m, const char* what, int line) {
+        const uint64_t* all = shim::in_simdgroup(m, what, line);
+        for (uint lane = 0; lane < 32; lane++) {
+            const auto pair = shim::value<simdgroup_float8x8>(all[lane]);
+            for (int i = 0; i < 2; i++) at[row_of(lane)][column_of(lane) + i] = pair.own[i];
+        }
+    }
+};
+inline void simdgroup_multiply_accumulate(simdgroup_float8x8& d, simdgroup_float8x8 a, simdgroup_float8x8 b, simdgroup_float8x8 c, LINE) {
+    const Tile left(a, "simdgroup_multiply_accumulate", line), right(b, "simdgroup_multiply_accumulate", line);
+    const uint lane = shim::current->index % 32;
+    d = c;
+    for (int i = 0; i < 2; i++)
+        for (int k = 0; k < 8; k++) d.own[i] += left.at[row_of(lane)][k] * right.at[k][column_of(lane) + i];
 }
 inline float exp2(float x) { return std::exp2(x); }
 inline float sqrt(float x) { return std::sqrt(x); }

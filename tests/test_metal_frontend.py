@@ -20,6 +20,7 @@ PRELUDE = """
 typedef unsigned int uint; typedef unsigned short ushort; typedef unsigned long size_t;
 typedef uint uint32_t; typedef int int32_t; typedef half float16_t;
 typedef uint uint3 __attribute__((ext_vector_type(3)));
+typedef float float2 __attribute__((ext_vector_type(2)));
 typedef float float4 __attribute__((ext_vector_type(4)));
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 #define device __global
@@ -33,6 +34,9 @@ bool simd_any(bool);
 template <class T> T simd_sum(T); template <class T> T simd_max(T);
 template <class T> T simd_shuffle(T, ushort); template <class T> T simd_shuffle_xor(T, ushort);
 template <class T> T max(T, T); template <class T> T min(T, T); template <class T> T clamp(T, T, T);
+struct simdgroup_float8x8 { thread float* thread_elements() thread; };
+void simdgroup_multiply_accumulate(
+    thread simdgroup_float8x8&, thread simdgroup_float8x8&, thread simdgroup_float8x8&, thread simdgroup_float8x8&);
 float exp2(float); float sqrt(float); float abs(float); float ceil(float);
 }
 using namespace metal;
@@ -86,7 +90,7 @@ def test_clang_has_nothing_to_say(sources):
     [
         ("float* wrong = sums;", "cannot initialize a variable of type '__private float"),
         ("undeclared(1);", "undeclared"),
-        ("threadgroup float* wrong = &sum[0][0];", "cannot initialize a variable of type '__local float"),
+        ("threadgroup float* wrong = &its.top;", "cannot initialize a variable of type '__local float"),
     ],
 )
 def test_planted_mistakes_are_found(sources, planted, said):
