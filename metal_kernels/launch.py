@@ -61,6 +61,17 @@ def _include(name: str) -> str:
     return f'#include "{files(__package__) / name}"\n'
 
 
+def cuda_text(name: str, template: tuple) -> tuple[str, str]:
+    """What comes before a kernel on CUDA, and its body.
+
+    MLX copies and hashes the text at every launch, and turns every value of a template into text: so it gets a few lines.
+    """
+    values = "".join(f"using {k} = {CUDA_TYPES[v]};\n" if isinstance(v, mx.Dtype) else f"constexpr int {k} = {v};\n" for k, v in template)
+    # CUDA's own __device__ and __constant__ end in these words, which therefore lose their meaning last.
+    before = _include("cuda_prelude.cuh") + _facts() + _include("common.metal") + "#define device\n#define constant\n"
+    return before, values + _include(f"{name}.metal")
+
+
 @functools.lru_cache(None)
 def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], template: tuple, kind: str) -> Callable:
     """MLX's kernel of one of our sources, for Metal or CUDA."""
@@ -68,14 +79,11 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], templat
     if kind == "metal":
         made = mx.fast.metal_kernel(name=f"tqai_{name}", source=text, header=header(), **names)
         return functools.partial(made, template=list(template))
-    # MLX copies and hashes the text at every launch, and turns every value of a template into text: so it gets
-    # a few lines. It keeps compiled kernels on disk by their names: another text needs another name.
-    values = "".join(f"using {k} = {CUDA_TYPES[v]};\n" if isinstance(v, mx.Dtype) else f"constexpr int {k} = {v};\n" for k, v in template)
-    everything = _text("cuda_prelude.cuh") + header() + values + text
-    # CUDA's own __device__ and __constant__ end in these words, which therefore lose their meaning last.
-    before = _include("cuda_prelude.cuh") + _facts() + _include("common.metal") + "#define device\n#define constant\n"
+    before, source = cuda_text(name, template)
+    # MLX keeps compiled kernels on disk by their names: another text needs another name.
+    everything = before + source + _text("cuda_prelude.cuh") + _text("common.metal") + text
     digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
-    return mx.fast.cuda_kernel(name=f"tqai_{name}_{digest}", source=values + _include(f"{name}.metal"), header=before, **names)
+    return mx.fast.cuda_kernel(name=f"tqai_{name}_{digest}", source=source, header=before, **names)
 
 
 def launch(

@@ -79,6 +79,7 @@ inline Fiber* current;
 inline jmp_buf scheduler;
 inline std::function<void(uint)> body;
 inline std::string error;
+inline uint3 place;  // of the threadgroup
 
 [[noreturn]] inline void fail(const std::string& message) {
     error = message;
@@ -190,6 +191,7 @@ inline void run_threadgroup(uint threads, uint seed) {
 }  // namespace shim
 
 #define LINE int line = __builtin_LINE()
+#ifndef CUDA_SHIM
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline void threadgroup_barrier(mem_flags, LINE) { shim::meet(shim::group, shim::current->index, 0, "threadgroup_barrier", line); }
 namespace metal {
@@ -255,3 +257,4 @@ template <class T, class U> T as_type_(U from) {
 }  // namespace metal
 #define as_type metal::as_type_
 using namespace metal;
+#endif

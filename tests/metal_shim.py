@@ -1,4 +1,5 @@
-"""Runs kernels of tqai_plugins.metal_kernels on the CPU: the text that MLX generates for Metal, compiled against metal_shim.h.
+"""Runs kernels of tqai_plugins.metal_kernels on the CPU: the text that MLX generates for Metal, compiled against metal_shim.h,
+or that for CUDA against cuda_shim.h.
 
 `install` puts them in the place of what metal_kernels.launch has. MLX prints its text when a call is exported, even
 without a Metal device.
@@ -18,8 +19,9 @@ import numpy as np
 from tqai_plugins.metal_kernels import launch as real
 
 HERE = Path(__file__).parent
-COMPILER = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w"]
+COMPILER = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-aliasing"]
 BUILDS = Path(tempfile.gettempdir()) / "tqai-metal-shim"
+TYPES = {mx.uint32: "uint", mx.int32: "int"}
 ATTRIBUTES = {
     "threadgroup_position_in_grid": "at", "thread_index_in_simdgroup": "i % 32",
     "simdgroup_index_in_threadgroup": "i / 32", "thread_index_in_threadgroup": "i",
@@ -71,8 +73,8 @@ def not_a_template(source: str) -> tuple[str, str, str]:
     return kernel.replace(parameters[0], given + "[[kernel]]"), name, values
 
 
-def build(source: str) -> ctypes.CDLL:
-    """Compile MLX's Metal source as C++ with a loop over the grid."""
+def metal(source: str) -> tuple[str, str, list[str]]:
+    """What `build` needs of MLX's Metal source."""
     # Not a template any more, or g++ would forget in which section its static variables lie.
     kernel, name, _ = not_a_template(source)
     signature = re.search(r"\[\[kernel\]\] void \w+\((.*?)\) \{", kernel, re.DOTALL)[1]
@@ -85,12 +87,30 @@ def build(source: str) -> ctypes.CDLL:
             buffers += 1
         else:
             arguments.append(ATTRIBUTES[attribute])
-    code = f"""#include "{HERE}/metal_shim.h"
-{kernel}
+    return f'#include "{HERE}/metal_shim.h"\n{kernel}', name, arguments
+
+
+def cuda(name, inputs, outputs, template) -> tuple[str, str, list[str]]:
+    """What `build` needs of our CUDA source, whose PTX becomes calls: asm("name ..." : "=r"(x) : "r"(y)) is name(x, y)."""
+    before, body = real.cuda_text(name, tuple(template.items()))
+    dtypes = [*(x.dtype for x in inputs.values()), *(dtype for _, dtype in outputs.values())]
+    types = [TYPES.get(dtype) or real.CUDA_TYPES[dtype] for dtype in dtypes]
+    parameters = ", ".join(f"{kind}* {n}" for kind, n in zip(types, [*inputs, *outputs], strict=True))
+    text = f"{before}void kernel({parameters}) {{\n{body}}}\n"
+    text = re.sub(r'#include "(.*)"', lambda found: Path(found[1]).read_text(), text)
+    variables = lambda operands: re.sub(r'"[^"]*"', "", operands)
+    call = lambda found: f"{found[1].replace('.', '_')}({variables(found[2])}, {variables(found[3])});"
+    text = re.sub(r'asm\("([\w.]+) [^"]*"\s*:(.*?)\s:(.*?)\);', call, text, flags=re.DOTALL)
+    return f'#include "{HERE}/cuda_shim.h"\n{text}', "kernel", [f"({kind}*)buffers[{i}]" for i, kind in enumerate(types)]
+
+
+def build(text: str, name: str, arguments: list[str]) -> ctypes.CDLL:
+    """Compile source as C++ with a loop over the grid."""
+    code = f"""{text}
 extern "C" const char* run(void** buffers, const uint* groups, uint threads, uint seed) {{
     shim::error.clear();
     for (uint z = 0; z < groups[2]; z++) for (uint y = 0; y < groups[1]; y++) for (uint x = 0; x < groups[0]; x++) {{
-        const uint3 at{{x, y, z}};
+        const uint3 at = shim::place = {{x, y, z}};
         shim::body = [&](uint i) {{ (void)at; {name}({", ".join(arguments)}); }};
         shim::run_threadgroup(threads, seed ? seed + x + 131 * y + 7919 * z : 0);
         if (!shim::error.empty()) return shim::error.c_str();
@@ -98,7 +118,8 @@ extern "C" const char* run(void** buffers, const uint* groups, uint threads, uin
     return nullptr;
 }}
 """
-    digest = hashlib.sha256((code + (HERE / "metal_shim.h").read_text()).encode()).hexdigest()[:20]
+    everything = code + "".join((HERE / f"{gpu}_shim.h").read_text() for gpu in ("metal", "cuda"))
+    digest = hashlib.sha256(everything.encode()).hexdigest()[:20]
     library = BUILDS / f"{digest}.so"
     if not library.exists():
         BUILDS.mkdir(exist_ok=True)
@@ -119,15 +140,19 @@ def to_numpy(x: mx.array) -> np.ndarray:
     return np.ascontiguousarray(np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x))
 
 
-def launch(name, inputs, outputs, template, groups, simdgroups, seed=0, edit=None) -> list[mx.array]:
+def launch(name, inputs, outputs, template, groups, simdgroups, seed=0, edit=None, as_cuda=False) -> list[mx.array]:
     """As metal_kernels.launch.launch, on the CPU. RuntimeError for what a GPU would hang or race on."""
     key = (
         name, tuple((n, x.dtype, x.size < 8, x.ndim) for n, x in inputs.items()), tuple(d for _, d in outputs.values()),
-        tuple(template.items()), simdgroups, edit,
+        tuple(template.items()), simdgroups, edit, as_cuda,
     )  # fmt: skip
     if key not in _libraries:
-        source = generated(name, inputs, outputs, template, groups, simdgroups, edit or (lambda text: text))
-        _libraries[key] = build(source), source
+        if as_cuda:
+            text, source = cuda(name, inputs, outputs, template), ""
+        else:
+            source = generated(name, inputs, outputs, template, groups, simdgroups, edit or (lambda text: text))
+            text = metal(source)
+        _libraries[key] = build(*text), source
     library, source = _libraries[key]
     buffers = []
     for n, x in inputs.items():

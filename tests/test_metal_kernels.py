@@ -1,5 +1,6 @@
-"""The Metal kernels, run on the CPU as the text that MLX generates for Metal (see metal_shim.py)."""
+"""The Metal kernels, run on the CPU as the text that MLX generates for Metal, and as that for CUDA (see metal_shim.py)."""
 
+import functools
 import shutil
 
 import numpy as np
@@ -79,6 +80,24 @@ def test_decode_attention_over_the_grid(fmt):
     group = {64: 1, 80: 3, 96: 4, 128: 4, 192: 2, 256: 5, 512: 8}[fmt.head_dim]
     case = Case(fmt, group, (77, 40, 3), 16, 4, heads=1 if fmt.head_dim == 512 else 2)
     assert close(case.run(0.1, splits=2), case.expected(0.1))
+
+
+@pytest.mark.parametrize(
+    "fmt, group, dtype, tolerance",
+    [
+        (KVFormat(4, 2, 64), 4, mx.float16, 2e-3), (KVFormat(2, 3, 128), 12, mx.float16, 2e-3), (KVFormat(3, 4, 80), 1, mx.bfloat16, 1e-2),
+        (KVFormat(8, 8, 192), 8, mx.float32, 2e-5), (KVFormat(4, 4, 256), 2, mx.float16, 2e-3), (KVFormat(4, 2, 128), 4, mx.float32, 2e-5),
+        (KVFormat(3, 2, 64, vector_values=True), 3, mx.float16, 2e-3),
+    ],
+    ids=lambda x: name(x) if isinstance(x, KVFormat) else None,
+)  # fmt: skip
+def test_the_text_for_cuda(monkeypatch, fmt, group, dtype, tolerance):
+    monkeypatch.setattr(launch, "launch", functools.partial(metal_shim.launch, as_cuda=True))
+    case = Case(fmt, group, (77, 40, 3), 16, 4, dtype)
+    assert close(case.run(0.1, splits=2), case.expected(0.1), tolerance)
+    assert np.mean(np.array(store(case.keys, case.values, fmt) != case.slots[:, :, : case.total])) < 0.01
+    for found, plain in zip(dequantize(case.slots, 70, fmt, mx.float32), codec.load(case.slots[:, :, :70], fmt)):
+        assert mx.allclose(found, plain, rtol=1e-6)
 
 
 K4V2 = KVFormat(4, 2, 64)
