@@ -138,11 +138,8 @@ TQAI_FN float value_scale(uint word) { return float(as_type<half>(ushort(word >>
 
 // Attention on the matrix unit, by tiles of 8 query heads, 8 tokens and 8 coordinates. On the right stand keys (coordinates by
 // tokens) or values (tokens by coordinates), of which a lane has two neighbours in a column, or in a row: two coordinates of
-// one token, or one of two TOKENS. A lane unpacks chunks of 8 coordinates of these, which 4 TOKENS lanes share, chunk by chunk
-// in so many rounds; every round makes 4 TOKENS fragments, that is, a lane's parts of tiles.
-template <int D, int TOKENS> struct Dealt {
-    static constexpr int LANES = 4 * TOKENS, FRAGMENTS = 4 * TOKENS, ROUNDS = (D / 8 + LANES - 1) / LANES;
-};
+// one token, or one of two TOKENS. So it unpacks chunks of 8 coordinates, of so many tokens. Their chunks are shared by
+// 4 TOKENS lanes, in rounds, each of which makes 4 TOKENS fragments: a lane's parts of tiles.
 template <int TOKENS> TQAI_FN int token_of(int lane, int i) { return TOKENS == 1 ? tile_row(lane) : tile_column(lane) + i; }
 // Which chunk is a round's: neighbours for neighbours among the lanes of a token, or two of one word for each, where that leaves
 // none idle; the last chunk where there is no other.
@@ -187,9 +184,9 @@ TQAI_FN float row_sum(float x) {
 // the lane's tokens only.
 template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename Rows, typename Numbers> struct Work {
     static constexpr int D = HEAD_DIM, BK = KEY_BITS, BV = VALUE_BITS, KT = KEY_TOKENS, VT = VALUE_TOKENS;
-    static constexpr int KR = Dealt<D, KT>::ROUNDS, VR = Dealt<D, VT>::ROUNDS;
+    static constexpr int KR = (D / 8 + 4 * KT - 1) / (4 * KT), VR = (D / 8 + 4 * VT - 1) / (4 * VT);  // rounds
     static constexpr int KW = Packed<D, BK>::WORDS, WORDS = KW + Packed<D, BV>::WORDS + 1;
-    static constexpr int STRIDE = D + 1;  // of queries: lanes of different heads read different banks
+    static constexpr int STRIDE = D + 1;  // of queries, so that lanes read different banks
     static constexpr bool KEPT = D <= 128;  // queries, in registers
     int lane, last;
     Words slots;
@@ -203,7 +200,8 @@ template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename R
     Sums sum[VR][4 * VT];
 };
 
-// The words of the two tiles from `slots` on, token `first`, by where they lie `after` the start of a slot.
+// Ask for words of the two tiles from token `first` on, where `slots` are: of keys or values, which lie `after` the start of a
+// slot, or the scales of the tokens that scores are of.
 template <int BITS, int TOKENS, int ROUNDS, typename Work>
 TQAI_FN void ask(thread const Work& its, int after, int first, thread uint (&share)[2][ROUNDS][TOKENS][Share<BITS>::WORDS]) {
     UNROLL for (int tile = 0; tile < 2; tile++)
@@ -214,12 +212,12 @@ TQAI_FN void ask(thread const Work& its, int after, int first, thread uint (&sha
                     share[tile][r][t][w] = its.slots[at + word_of<BITS, Work::D>(own_chunk<BITS, Work::D, TOKENS>(its.lane, r), w)];
         }
 }
-template <typename Work> TQAI_FN void ask_keys(thread Work& its, int first) { ask<Work::BK>(its, 0, first, its.key); }
-template <typename Work> TQAI_FN void ask_values(thread Work& its, int first) {
-    ask<Work::BV>(its, Work::KW, first, its.value);
+template <typename Work> TQAI_FN void ask_scales(thread Work& its, int first) {
     UNROLL for (int tile = 0; tile < 2; tile++)
-        UNROLL for (int i = 0; i < 2; i++)
-            its.scales[tile][i] = its.slots[metal::min(TILE * tile + token_of<2>(its.lane, i), its.last - first) * Work::WORDS + Work::WORDS - 1];
+        UNROLL for (int i = 0; i < 2; i++) {
+            const int token = metal::min(TILE * tile + token_of<2>(its.lane, i), its.last - first);
+            its.scales[tile][i] = its.slots[token * Work::WORDS + Work::WORDS - 1];
+        }
 }
 
 // Fragments of a tile of exact tokens as they are, from token `first` on.
@@ -231,8 +229,7 @@ TQAI_FN void read(thread const Work& its, int part, int first, int r, thread Fin
         const size_t row = token < its.count ? token : at < its.room ? at : at - its.room;
         load((token < its.count ? its.sinks[part] : its.ring[part]) + row * Work::D + 8 * own_chunk<BITS, Work::D, TOKENS>(its.lane, r), numbers[t]);
     }
-    UNROLL for (int m = 0; m < 4 * TOKENS; m++)
-        out[m] = fine(element<BITS>(numbers, m, 0), element<BITS>(numbers, m, 1));
+    UNROLL for (int m = 0; m < 4 * TOKENS; m++) out[m] = fine(element<BITS>(numbers, m, 0), element<BITS>(numbers, m, 1));
 }
 
 // Steps of two tiles, of codes or of exact tokens: a loop for each, or the registers of one would be kept from the other. The
@@ -241,7 +238,7 @@ template <bool EXACTLY, bool BIASED, typename Work, typename Numbers>
 TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
     constexpr int D = Work::D, BK = Work::BK, BV = Work::BV, KT = Work::KT, VT = Work::VT;
     for (; step <= its.last; step += steps) {
-        its.slots += steps * Work::WORDS;  // of the next step
+        its.slots += steps * Work::WORDS;  // to the next step's
         Sums product[2] = {nothing(), nothing()};
         UNROLL for (int r = 0; r < Work::KR; r++) {
             if (!Work::KEPT) read_queries<BK, D, KT>(queries, Work::STRIDE, its.lane, r, its.query[r]);
@@ -259,7 +256,7 @@ TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
                 }
             }
         }
-        if (!EXACTLY) ask_keys(its, step + steps);
+        if (!EXACTLY) ask<BK>(its, 0, step + steps, its.key);
         float score[2][2], highest = its.top;
         UNROLL for (int tile = 0; tile < 2; tile++)
             UNROLL for (int i = 0; i < 2; i++) {
@@ -296,12 +293,14 @@ TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
                 }
             } else {
                 Coarse value[2][4 * VT];
-                UNROLL for (int tile = 0; tile < 2; tile++) {
+                UNROLL for (int tile = 0; tile < 2; tile++)
                     unpack<BV, VT>(its.value[tile][r], its.value_levels, own_chunk<BV, D, VT>(its.lane, r), value[tile]);
-                }
                 UNROLL for (int m = 0; m < 4 * VT; m++) multiply_add(weight[0], weight[1], value[0][m], value[1][m], its.sum[r][m]);
             }
         }
-        if (!EXACTLY) ask_values(its, step + steps);
+        if (!EXACTLY) {
+            ask_scales(its, step + steps);
+            ask<BV>(its, Work::KW, step + steps, its.value);
+        }
     }
 }

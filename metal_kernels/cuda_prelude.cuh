@@ -37,6 +37,7 @@ TQAI_FN float sqrt(float x) { return sqrtf(x); }
 TQAI_FN float abs(float x) { return fabsf(x); }
 TQAI_FN float ceil(float x) { return ceilf(x); }
 template <class T> TQAI_FN T max(T a, T b) { return a > b ? a : b; }
+TQAI_FN float max(float a, float b) { return fmaxf(a, b); }
 template <class T> TQAI_FN T min(T a, T b) { return a < b ? a : b; }
 template <class T> TQAI_FN T clamp(T v, T low, T high) { return min(max(v, low), high); }
 }
@@ -66,7 +67,7 @@ struct Fine {
 struct Sums {
     float of[4];
 };
-#define KEY_TOKENS 1  // of a tile: those whose keys a lane has, see Dealt in common.metal
+#define KEY_TOKENS 1  // of a tile, whose keys a lane has: see common.metal
 #define VALUE_TOKENS 2
 #define ROW_LANES 3
 TQAI_FN int tile_row(int lane) { return lane / 4; }
@@ -85,7 +86,7 @@ TQAI_FN Fine fine(float x, float y) {
 TQAI_FN float of(Sums sums, int i) { return sums.of[i] + sums.of[i + 2]; }
 TQAI_FN void scale(Sums& sums, float factor) { UNROLL for (int i = 0; i < 4; i++) sums.of[i] *= factor; }
 TQAI_FN void multiply_add(Fine a0, Fine a1, Coarse b0, Coarse b1, Sums& sums) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
         : "r"(a0.high), "r"(a0.rest), "r"(a1.high), "r"(a1.rest), "r"(b0), "r"(b1));
 }

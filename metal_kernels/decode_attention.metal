@@ -13,8 +13,8 @@
 // there are exact tokens.
 
     typedef Work<D, BK, BV, const device uint*, const device E*, const device float*> Mine;
-    constexpr int BLOCKS = (GROUP + TILE - 1) / TILE, STEP = 2 * TILE;  // tokens that a simdgroup takes at once
-    constexpr int STRIDE = Mine::STRIDE;
+    constexpr int BLOCKS = (GROUP + TILE - 1) / TILE, STEP = 2 * TILE;  // tokens of a simdgroup's step
+    constexpr int KT = Mine::KT, VT = Mine::VT, KR = Mine::KR, VR = Mine::VR, STRIDE = Mine::STRIDE;
     threadgroup float vectors[TILE * STRIDE], tops[SG * TILE], totals[SG * TILE];  // vectors: queries, later sums
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
     const int split = threadgroup_position_in_grid.x, b = threadgroup_position_in_grid.z;
@@ -45,11 +45,12 @@
     const int step = begin + sg * STEP;
     its.slots = slots + ((size_t(b) * heads + kv_head) * sizes[2] + step) * Mine::WORDS;
     if (!exact && step < end) {
-        ask_keys(its, step);
-        ask_values(its, step);
+        ask<BK>(its, 0, step, its.key);
+        ask<BV>(its, Mine::KW, step, its.value);
+        ask_scales(its, step);
     }
 
-    {
+    {  // queries, rotated to meet codes
         constexpr int PER = D <= 256 ? 8 : 16;
         constexpr int CHUNKS = Lanes<D, PER>::CHUNKS, LANES = Lanes<D, PER>::LANES, GROUPS = Lanes<D, PER>::GROUPS;
         const int chunk = lane % LANES;
@@ -66,11 +67,11 @@
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (Mine::KEPT)
-        UNROLL for (int r = 0; r < Mine::KR; r++) read_queries<BK, D, Mine::KT>(vectors, STRIDE, lane, r, its.query[r]);
+        UNROLL for (int r = 0; r < KR; r++) read_queries<BK, D, KT>(vectors, STRIDE, lane, r, its.query[r]);
     its.top = -1e30f;
     its.total = 0.0f;
-    UNROLL for (int r = 0; r < Mine::VR; r++)
-        UNROLL for (int m = 0; m < 4 * Mine::VT; m++) its.sum[r][m] = nothing();
+    UNROLL for (int r = 0; r < VR; r++)
+        UNROLL for (int m = 0; m < 4 * VT; m++) its.sum[r][m] = nothing();
     if (exact) {
         UNROLL for (int part = 0; part < 2; part++) {
             const size_t head = (size_t(b) * 2 + part) * heads + kv_head;
@@ -101,10 +102,10 @@
     const float shrink = metal::exp2(its.top - highest);
     for (int k = 0; k < SG; k++) {
         if (sg == k && first_head + line < GROUP)
-            UNROLL for (int r = 0; r < Mine::VR; r++)
-                UNROLL for (int m = 0; m < 4 * Mine::VT; m++)
+            UNROLL for (int r = 0; r < VR; r++)
+                UNROLL for (int m = 0; m < 4 * VT; m++)
                     UNROLL for (int i = 0; i < 2; i++) {
-                        const int c = coordinate<BV, D, Mine::VT>(r, m, column + i), at = line * STRIDE + c;
+                        const int c = coordinate<BV, D, VT>(r, m, column + i), at = line * STRIDE + c;
                         if (c >= 0) vectors[at] = of(its.sum[r][m], i) * shrink + (k ? vectors[at] : 0.0f);
                     }
         threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -10,7 +10,7 @@ template <typename Row> TQAI_FN void load(Row row, thread float (&out)[8]) { UNR
 // Tiles of the matrix unit, 8 x 8. Of each, a lane has two neighbours of a row, where MLX's own kernels (BaseMMAFrag in its
 // steel/gemm/mma.h) take Apple's simdgroup_matrix to have them: Fine of left factors, Coarse of right ones, Sums of products.
 typedef float2 Fine, Coarse, Sums;
-#define KEY_TOKENS 2  // of a tile: those whose keys a lane has, see Dealt in common.metal
+#define KEY_TOKENS 2  // of a tile, whose keys a lane has: see common.metal
 #define VALUE_TOKENS 1
 #define ROW_LANES 9  // bits that tell the lanes of a row apart
 TQAI_FN int tile_row(int lane) { return (lane >> 2 & 4) | (lane >> 1 & 3); }

@@ -10,14 +10,9 @@ from . import codec, launch, tables
 SIMDGROUPS = 4
 
 
-def lanes(head_dim: int, coordinates: int = 16) -> int:
-    """Lanes of a simdgroup that work on one vector, so many coordinates each (Lanes in common.metal)."""
-    return 1 << (head_dim // coordinates - 1).bit_length()
-
-
 def vectors_at_once(head_dim: int) -> int:
-    """Vectors that a simdgroup of 32 lanes works on."""
-    return 32 // lanes(head_dim)
+    """Vectors that a simdgroup of 32 lanes works on, each in a power of two of lanes (Lanes in common.metal)."""
+    return 32 >> (head_dim // 16 - 1).bit_length()
 
 
 def store(keys: mx.array, values: mx.array, fmt: KVFormat) -> mx.array:

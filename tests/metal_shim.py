@@ -100,7 +100,7 @@ def cuda(name, inputs, outputs, template) -> tuple[str, str, list[str]]:
     text = re.sub(r'#include "(.*)"', lambda found: Path(found[1]).read_text(), text)
     variables = lambda operands: re.sub(r'"[^"]*"', "", operands)
     call = lambda found: f"{found[1].replace('.', '_')}({variables(found[2])}, {variables(found[3])});"
-    text = re.sub(r'asm\("([\w.]+) [^"]*"\s*:(.*?)\s:(.*?)\);', call, text, flags=re.DOTALL)
+    text = re.sub(r'asm(?: volatile)?\("([\w.]+) [^"]*"\s*:(.*?)\s:(.*?)\);', call, text, flags=re.DOTALL)
     return f'#include "{HERE}/cuda_shim.h"\n{text}', "kernel", [f"({kind}*)buffers[{i}]" for i, kind in enumerate(types)]
 
 
