@@ -4,20 +4,20 @@
 // PER c to PER c + PER - 1. Groups of LANES lanes work on different vectors; in a group the lanes from CHUNKS on idle.
 
 template <int D, int PER> struct Lanes {
-    static constexpr int CHUNKS = D / PER;
-    static constexpr int LANES = CHUNKS <= 1 ? 1 : CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
-    static constexpr int GROUPS = 32 / LANES;  // vectors a simdgroup works on at once
+    TQAI_CONSTANT CHUNKS = D / PER;
+    TQAI_CONSTANT LANES = CHUNKS <= 1 ? 1 : CHUNKS <= 2 ? 2 : CHUNKS <= 4 ? 4 : CHUNKS <= 8 ? 8 : CHUNKS <= 16 ? 16 : 32;
+    TQAI_CONSTANT GROUPS = 32 / LANES;  // vectors a simdgroup works on at once
 };
 
 // Where codes are told apart by their BITS, those of vector values are VECTOR: bytes for four coordinates each.
 template <int BITS> struct Width {
-    static constexpr int OF_ONE = BITS == VECTOR ? 2 : BITS;
+    TQAI_CONSTANT OF_ONE = BITS == VECTOR ? 2 : BITS;
 };
 
 // Words of the packed codes of one vector: KVFormat.k_bytes / 4 or v_bytes / 4.
 template <int D, int BITS> struct Packed {
-    static constexpr int PAIRS = (D + 31) / 32;
-    static constexpr int WORDS = BITS == 3 ? 3 * PAIRS : D * Width<BITS>::OF_ONE / 32;
+    TQAI_CONSTANT PAIRS = (D + 31) / 32;
+    TQAI_CONSTANT WORDS = BITS == 3 ? 3 * PAIRS : D * Width<BITS>::OF_ONE / 32;
 };
 
 // Number of chunks in the Hadamard block that chunk c lies in: blocks are falling powers of two.
@@ -68,7 +68,7 @@ TQAI_FN int sign_bit(int i) { return 8 * (i >> 2) + (i & 1) + 2 * (i & 2); }
 
 // The words that hold the eight codes of chunk c, as they lie in memory.
 template <int BITS> struct Share {
-    static constexpr int WORDS = BITS == 8 || BITS == 3 ? 2 : 1;
+    TQAI_CONSTANT WORDS = BITS == 8 || BITS == 3 ? 2 : 1;
 };
 // Where in a vector's codes word w of them is.
 template <int BITS, int D> TQAI_FN int word_of(int c, int w) {
@@ -183,11 +183,11 @@ TQAI_FN float row_sum(float x) {
 // they are unpacked, exact tokens, queries, and what came of them under the head's running base-2 maximum `top`; `total` is of
 // the lane's tokens only.
 template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename Rows, typename Numbers> struct Work {
-    static constexpr int D = HEAD_DIM, BK = KEY_BITS, BV = VALUE_BITS, KT = KEY_TOKENS, VT = VALUE_TOKENS;
-    static constexpr int KR = (D / 8 + 4 * KT - 1) / (4 * KT), VR = (D / 8 + 4 * VT - 1) / (4 * VT);  // rounds
-    static constexpr int KW = Packed<D, BK>::WORDS, WORDS = KW + Packed<D, BV>::WORDS + 1;
-    static constexpr int STRIDE = D + 1;  // of queries, so that lanes read different banks
-    static constexpr bool KEPT = D <= 128;  // queries, in registers
+    TQAI_CONSTANT D = HEAD_DIM, BK = KEY_BITS, BV = VALUE_BITS, KT = KEY_TOKENS, VT = VALUE_TOKENS;
+    TQAI_CONSTANT KR = (D / 8 + 4 * KT - 1) / (4 * KT), VR = (D / 8 + 4 * VT - 1) / (4 * VT);  // rounds
+    TQAI_CONSTANT KW = Packed<D, BK>::WORDS, WORDS = KW + Packed<D, BV>::WORDS + 1;
+    TQAI_CONSTANT STRIDE = D + 1;  // of queries, so that lanes read different banks
+    TQAI_CONSTANT KEPT = D <= 128;  // queries, in registers
     int lane, last;
     Words slots;
     Levels key_levels, value_levels;

@@ -3,6 +3,7 @@ typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef __half half;
 #define TQAI_FN static __device__ __forceinline__
+#define TQAI_CONSTANT static constexpr int
 #define UNROLL _Pragma("unroll")
 #define threadgroup __shared__
 #define threadgroup_position_in_grid (make_uint3(blockIdx.x, blockIdx.y, blockIdx.z))

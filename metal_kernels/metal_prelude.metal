@@ -1,5 +1,6 @@
 // What GPUs say in words of their own, in Metal's; cuda_prelude.cuh says the same in CUDA.
 #define TQAI_FN inline
+#define TQAI_CONSTANT static constant constexpr const int  // of a struct
 #define UNROLL _Pragma("unroll")
 // The value of lane `index` modulo 32.
 TQAI_FN float simd_table(float v, uint index) { return metal::simd_shuffle(v, ushort(index & 31u)); }
