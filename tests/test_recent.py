@@ -107,13 +107,13 @@ def test_a_copy_always_holds_its_pages_tokens(copies, page_tokens, seed):
     assert 0 < served <= wanted
 
 
-@pytest.mark.parametrize("seed, copies, page_tokens, side", [(0, 32, 64, 16), (1, 5, 64, 64), (2, 50, 128, 256)])
+@pytest.mark.parametrize("seed, copies, page_tokens, side", [(0, 32, 64, 16), (1, 5, 64, 64), (2, 50, 128, 256), (3, 20, 64, 4096)])
 def test_the_kernel_keeps_the_same_books(seed, copies, page_tokens, side, monkeypatch):
     """The Triton kernel beside the reference, step by step (by the interpreter where there is no GPU)."""
     pytest.importorskip("triton")
     from tqai_plugins.triton_kernels import recent as kernels
 
-    monkeypatch.setattr(kernels, "SIDES", (side,))
+    monkeypatch.setattr(kernels, "SIDES", {side: kernels.SIDES[side]})
 
     def both(copies, slot_mapping, query_start_loc, seq_lens, *rest):
         expected = dataclasses.replace(copies, **{f.name: getattr(copies, f.name).clone() for f in dataclasses.fields(copies)})

@@ -176,8 +176,9 @@ def _claim_kernel(
     _store_slots(slots, slot_mapping, offset, recent_begin, tl.where(writes, length, 0), page, held, SPAN)
 
 
-# Sequences side by side: comparing few with many copies at once takes less time. Each is one more kernel to compile.
-SIDES = (16, 64, 256, 1024, 4096)
+# Sequences side by side -> copies that they are compared with at once, which is faster the fewer sequences there are, and warps:
+# what registers hold. Each side is one more kernel to compile.
+SIDES = {16: (64, 8), 64: (16, 8), 256: (4, 8), 1024: (4, 32), 4096: (1, 32)}
 
 
 def claim(
@@ -195,9 +196,10 @@ def claim(
     Entries of slots, table and context beyond the step's tokens and sequences are left as they are.
     """
     side = next(side for side in SIDES if side >= seq_lens.shape[0])
+    block, warps = SIDES[side]
     _claim_kernel[(1,)](
         copies.owner, copies.used, copies.step, copies.wanted_served, copies.slots, copies.table, copies.context,
         slot_mapping, query_start_loc, seq_lens, block_table, seq_lens.shape[0], slot_mapping.shape[0],
         block_table.stride(0), copies.owner.shape[0], decode_tokens,
-        side, COPIED_PAGES, max(4, 4096 // (COPIED_PAGES * side)), page_tokens, RECENT_PAGE_TOKENS, num_warps=8,
+        side, COPIED_PAGES, block, page_tokens, RECENT_PAGE_TOKENS, num_warps=warps,
     )
