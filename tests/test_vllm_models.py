@@ -127,9 +127,10 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_bits_answer_as_the_models_own_cache(folders, kind):
-    found = {}
+    found, options = {}, {"enforce_eager": True} if kind == "sinks" else {}
+    options["additional_config"] = {"tqai": {"recent_memory": 0}}  # two bits, not copies with eight
     for dtype in ("auto", "tqai_k8v8", "tqai_k2v2"):
-        with engine(folders[kind], dtype, **({"enforce_eager": True} if kind == "sinks" else {})) as llm:
+        with engine(folders[kind], dtype, **options) as llm:
             if kind == "sinks":
                 plain = answers(llm)
                 llm.reset_prefix_cache()
