@@ -32,7 +32,7 @@ AHEAD = 8192  # rows and columns of a product that keeps the device busy while c
 
 def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 40, repeats: int = 7) -> tuple[float, float]:
     """Microseconds a call on the device, and to build in Python: medians of chains of calls, each on what the one before gave,
-    as the layers of a model are.
+    as the layers of a model are. query [batch, q_heads, 1, head_dim], or whatever shape `call` takes and returns.
 
     A chain is queued while the device works on long products, so that it never waits for Python or for MLX's encoding;
     generation too queues a token while the one before is worked on, unless the model is small.
