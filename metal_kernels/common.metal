@@ -9,15 +9,11 @@ template <int D, int PER> struct Lanes {
     TQAI_CONSTANT GROUPS = 32 / LANES;  // vectors a simdgroup works on at once
 };
 
-// Where codes are told apart by their BITS, those of vector values are VECTOR: bytes for four coordinates each.
-template <int BITS> struct Width {
-    TQAI_CONSTANT OF_ONE = BITS == VECTOR ? 2 : BITS;
-};
-
-// Words of the packed codes of one vector: KVFormat.k_bytes / 4 or v_bytes / 4.
+// Words of the packed codes of one vector: KVFormat.k_bytes / 4 or v_bytes / 4. Where codes are told apart by their BITS, those
+// of vector values are VECTOR: bytes for four coordinates each.
 template <int D, int BITS> struct Packed {
     TQAI_CONSTANT PAIRS = (D + 31) / 32;
-    TQAI_CONSTANT WORDS = BITS == 3 ? 3 * PAIRS : D * Width<BITS>::OF_ONE / 32;
+    TQAI_CONSTANT WORDS = BITS == 3 ? 3 * PAIRS : D * (BITS == VECTOR ? 2 : BITS) / 32;
 };
 
 // Number of chunks in the Hadamard block that chunk c lies in: blocks are falling powers of two.

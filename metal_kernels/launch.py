@@ -38,7 +38,7 @@ def _text(name: str) -> str:
 
 
 def _facts() -> str:
-    """Numbers of the codec that kernels use."""
+    """Numbers of the codec, and of launches, that kernels use."""
     facts = {
         "TOP": f"{TOP}f", "SMALLEST_RMS": f"{SMALLEST_RMS}f", "SCALE_DENOMINATOR": f"{SCALE_DENOMINATOR}.0f",
         "VECTOR": VECTOR, "PATTERN_BITS": PATTERN_BITS, "TILE": TILE,

@@ -127,8 +127,9 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_eight_bits_answer_as_the_models_own_cache(folders, kind):
-    found, options = {}, {"enforce_eager": True} if kind == "sinks" else {}
-    options["additional_config"] = {"tqai": {"recent_memory": 0}}  # two bits, not copies with eight
+    found = {}
+    options = {"additional_config": {"tqai": {"recent_memory": 0}}}  # two bits, not copies with eight
+    options |= {"enforce_eager": True} if kind == "sinks" else {}
     for dtype in ("auto", "tqai_k8v8", "tqai_k2v2"):
         with engine(folders[kind], dtype, **options) as llm:
             if kind == "sinks":

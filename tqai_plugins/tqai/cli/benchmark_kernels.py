@@ -141,7 +141,7 @@ def measure_format(args, name: str, sequences: int, context: int, copy: float) -
         attend(recent=recent, mean=mean)
 
     start = time.perf_counter()
-    make_together([attend, store], device)  # compiled as a server does it
+    make_together([attend, store], device)  # compiled side by side, as in a server, but without copies and key mean
     torch.cuda.synchronize()
     first_call = time.perf_counter() - start
     step()
@@ -297,6 +297,6 @@ def plot(data: dict, path: str) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("us a layer and step")
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}; tqai: all launches of a step, with copies and key mean", fontsize=10)
+    fig.suptitle(f"{data['device']}, head_dim {data['head_dim']}; tqai: all launches of a step, with copies and key mean", fontsize=10, wrap=True)
     fig.savefig(path, dpi=150)
     plt.close(fig)
