@@ -13,7 +13,7 @@ from ..core import reference
 from ..core.bit_packing import unpack
 from ..core.kv_format import KVFormat
 from ..core.vector_codebook import codebook_of
-from . import codec
+from . import codec, tables
 from .decode_attention import decode_attention
 from .dequantize import dequantize
 from .store import store_and_join
@@ -46,7 +46,7 @@ class Case:
         place = mx.clip(mx.array(self.padding)[:, None] + mx.arange(sinks), 0, self.total - 1)[:, None, :, None]
         self.sinks = mx.take_along_axis(both, place, 2) if sinks else None
         self.window, self.sink_count, self.group = window, sinks, group
-        self.rows = mx.array([self.padding, [max(p, self.total - window) for p in self.padding]], mx.int32)
+        self.rows = tables.rows(self.padding, [max(p, self.total - window) for p in self.padding])
 
     def run(self, scale: float, **more) -> np.ndarray:
         """What the kernels give: float32 [batch, q_heads, head_dim]."""

@@ -128,9 +128,9 @@ TQAI_FN uint nearest(Numbers patterns, thread const float* size, float grid, thr
     return found;
 }
 
-// The float16 scales of a slot's last word, times what a level is worth.
-TQAI_FN float key_scale(uint word) { return float(as_type<half>(ushort(word & 0xffffu))) * (1.0f / SCALE_DENOMINATOR); }
-TQAI_FN float value_scale(uint word) { return float(as_type<half>(ushort(word >> 16))) * (1.0f / SCALE_DENOMINATOR); }
+// The float16 scales of a slot's last word: SCALE_DENOMINATOR times what a level is worth.
+TQAI_FN float key_scale(uint word) { return float(as_type<half>(ushort(word & 0xffffu))); }
+TQAI_FN float value_scale(uint word) { return float(as_type<half>(ushort(word >> 16))); }
 
 // Attention on the matrix unit, by tiles of 8 query heads, 8 tokens and 8 coordinates. On the right stand keys (coordinates by
 // tokens) or values (tokens by coordinates), of which a lane has two neighbours in a column, or in a row: two coordinates of
@@ -152,6 +152,9 @@ template <int BITS, int D, int TOKENS> TQAI_FN int coordinate(int round, int fra
     return 4 * TOKENS * round + neighbour < D / 8 ? 8 * chunk_of<BITS, D, TOKENS>(neighbour, round) + order<BITS>(i) : -1;
 }
 
+// Where coordinate c of a vector lies in threadgroup memory, so that lanes read and write different banks.
+TQAI_FN int spread(int c) { return c + c / 32; }
+
 // Queries of all heads as the tiles of keys meet them.
 template <int BITS, int D, int TOKENS, typename Numbers>
 TQAI_FN void read_queries(Numbers queries, int stride, int lane, int round, thread Fine (&out)[4 * TOKENS]) {
@@ -159,7 +162,7 @@ TQAI_FN void read_queries(Numbers queries, int stride, int lane, int round, thre
         float x[2];
         UNROLL for (int i = 0; i < 2; i++) {
             const int at = coordinate<BITS, D, TOKENS>(round, m, tile_column(lane) + i);
-            x[i] = at >= 0 ? queries[tile_row(lane) * stride + at] : 0.0f;
+            x[i] = at >= 0 ? queries[tile_row(lane) * stride + spread(at)] : 0.0f;
         }
         out[m] = fine(x[0], x[1]);
     }
@@ -182,10 +185,11 @@ template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename R
     TQAI_CONSTANT D = HEAD_DIM, BK = KEY_BITS, BV = VALUE_BITS, KT = KEY_TOKENS, VT = VALUE_TOKENS;
     TQAI_CONSTANT KR = (D / 8 + 4 * KT - 1) / (4 * KT), VR = (D / 8 + 4 * VT - 1) / (4 * VT);  // rounds
     TQAI_CONSTANT KW = Packed<D, BK>::WORDS, WORDS = KW + Packed<D, BV>::WORDS + 1;
-    TQAI_CONSTANT STRIDE = D + 1;  // of queries, so that lanes read different banks
+    TQAI_CONSTANT STRIDE = D + D / 32;  // of vectors in threadgroup memory
     TQAI_CONSTANT KEPT = D <= 128;  // queries, in registers
+    typedef Words Slots;
     int lane, last;
-    Words slots;
+    Slots slots;
     Levels key_levels, value_levels;
     uint key[2][KR][KT][Share<BK>::WORDS], value[2][VR][VT][Share<BV>::WORDS], scales[2][2];
     Numbers bias;  // what scores of codes gain by their tokens
@@ -196,24 +200,24 @@ template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename R
     Sums sum[VR][4 * VT];
 };
 
-// Ask for words of the two tiles from token `first` on, where `slots` are: of keys or values, which lie `after` the start of a
-// slot, or the scales of the tokens that scores are of.
+// Ask for words of the two tiles whose first token's are at `from`, or for the last token's, `left` tokens later.
 template <int BITS, int TOKENS, int ROUNDS, typename Work>
-TQAI_FN void ask(thread const Work& its, int after, int first, thread uint (&share)[2][ROUNDS][TOKENS][Share<BITS>::WORDS]) {
+TQAI_FN void ask(thread const Work& its, typename Work::Slots from, int left, thread uint (&share)[2][ROUNDS][TOKENS][Share<BITS>::WORDS]) {
     UNROLL for (int tile = 0; tile < 2; tile++)
         UNROLL for (int t = 0; t < TOKENS; t++) {
-            const int at = metal::min(TILE * tile + token_of<TOKENS>(its.lane, t), its.last - first) * Work::WORDS + after;
+            const int at = metal::min(TILE * tile + token_of<TOKENS>(its.lane, t), left) * Work::WORDS;
             UNROLL for (int r = 0; r < ROUNDS; r++)
                 UNROLL for (int w = 0; w < Share<BITS>::WORDS; w++)
-                    share[tile][r][t][w] = its.slots[at + word_of<BITS, Work::D>(own_chunk<BITS, Work::D, TOKENS>(its.lane, r), w)];
+                    share[tile][r][t][w] = from[at + word_of<BITS, Work::D>(own_chunk<BITS, Work::D, TOKENS>(its.lane, r), w)];
         }
 }
-template <typename Work> TQAI_FN void ask_scales(thread Work& its, int first) {
+// Keys, or values and scales, of the step at token `first`, whose slots these are.
+template <typename Work> TQAI_FN void ask_keys(thread Work& its, int first) { ask<Work::BK>(its, its.slots, its.last - first, its.key); }
+template <typename Work> TQAI_FN void ask_values(thread Work& its, int first) {
+    ask<Work::BV>(its, its.slots + Work::KW, its.last - first, its.value);
     UNROLL for (int tile = 0; tile < 2; tile++)
-        UNROLL for (int i = 0; i < 2; i++) {
-            const int token = metal::min(TILE * tile + token_of<2>(its.lane, i), its.last - first);
-            its.scales[tile][i] = its.slots[token * Work::WORDS + Work::WORDS - 1];
-        }
+        UNROLL for (int i = 0; i < 2; i++)  // of the tokens that scores are of
+            its.scales[tile][i] = (its.slots + Work::WORDS - 1)[metal::min(TILE * tile + token_of<2>(its.lane, i), its.last - first) * Work::WORDS];
 }
 
 // Fragments of a tile of exact tokens as they are, from token `first` on.
@@ -252,7 +256,7 @@ TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
                 }
             }
         }
-        if (!EXACTLY) ask<BK>(its, 0, step + steps, its.key);
+        if (!EXACTLY) ask_keys(its, step + steps);
         float score[2][2], highest = its.top;
         UNROLL for (int tile = 0; tile < 2; tile++)
             UNROLL for (int i = 0; i < 2; i++) {
@@ -294,9 +298,6 @@ TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
                 UNROLL for (int m = 0; m < 4 * VT; m++) multiply_add(weight[0], weight[1], value[0][m], value[1][m], its.sum[r][m]);
             }
         }
-        if (!EXACTLY) {
-            ask_scales(its, step + steps);
-            ask<BV>(its, Work::KW, step + steps, its.value);
-        }
+        if (!EXACTLY) ask_values(its, step + steps);
     }
 }

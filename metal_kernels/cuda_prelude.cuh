@@ -7,6 +7,7 @@ typedef __half half;
 #define UNROLL _Pragma("unroll")
 #define threadgroup __shared__
 #define threadgroup_position_in_grid (make_uint3(blockIdx.x, blockIdx.y, blockIdx.z))
+#define threadgroups_per_grid (make_uint3(gridDim.x, gridDim.y, gridDim.z))
 #define thread_index_in_threadgroup (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z))
 #define thread_index_in_simdgroup (thread_index_in_threadgroup & 31u)
 #define simdgroup_index_in_threadgroup (thread_index_in_threadgroup >> 5)
@@ -87,7 +88,7 @@ TQAI_FN Fine fine(float x, float y) {
 TQAI_FN float of(Sums sums, int i) { return sums.of[i] + sums.of[i + 2]; }
 TQAI_FN void scale(Sums& sums, float factor) { UNROLL for (int i = 0; i < 4; i++) sums.of[i] *= factor; }
 TQAI_FN void multiply_add(Fine a0, Fine a1, Coarse b0, Coarse b1, Sums& sums) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
         : "r"(a0.high), "r"(a0.rest), "r"(a1.high), "r"(a1.rest), "r"(b0), "r"(b1));
 }
@@ -98,14 +99,15 @@ TQAI_FN void multiply_add(Fine a, Fine b, Sums& sums) { multiply_add(a, a, b.hig
 // Others are kept by one lane each, and looked up by a shuffle, whose index counts modulo the table.
 struct Levels {
     float mine;
-    uint high[2], low[2];
+    uint high[2], low[2], ones;  // ones: of four bits, a 1 in each byte, for it is a register that the compiler leaves alone
 };
 template <int BITS, typename Numbers> TQAI_FN Levels kept(Numbers table, int lane) {
-    Levels levels = {table[lane % (1 << BITS) % 16], {0, 0}, {0, 0}};
+    Levels levels = {table[lane % (1 << BITS) % 16], {0, 0}, {0, 0}, 0};
     UNROLL for (int code = 0; code < 8; code++) {
         const uint bits = as_type<uint>(table[BITS == 4 ? code + 8 : code]);
         levels.high[code / 4] |= (bits >> 24) << (8 * (code % 4));
         levels.low[code / 4] |= (bits >> 16 & 255u) << (8 * (code % 4));
+        levels.ones |= (bits >> 31) << (8 * (code % 4));
     }
     return levels;
 }
@@ -134,7 +136,7 @@ TQAI_FN bool picked(Levels levels, const uint (&share)[TOKENS][WORDS], int c, Co
         const uint codes = places[k / TOKENS] >> (16 * (k % TOKENS));
         const uint at = BITS == 4 ? (places[k / TOKENS] & 0x77777777u) >> (16 * (k % TOKENS)) : codes;
         uint high = pick(levels.high[0], levels.high[1], at), low = pick(levels.low[0], levels.low[1], at);
-        if (BITS == 4) high -= 128u * pick(0x01010101u, 0x01010101u, codes);  // 0 where the nibble's fourth bit is set
+        if (BITS == 4) high -= 128u * pick(levels.ones, levels.ones, codes);  // 0 where the nibble's fourth bit is set
         out[2 * k] = pick(low, high, TOKENS == 1 ? 0x5140u : 0x6240u);
         out[2 * k + 1] = pick(low, high, TOKENS == 1 ? 0x7362u : 0x7351u);
     }

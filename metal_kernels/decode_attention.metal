@@ -4,9 +4,9 @@
 // leave their sums in the basis of the codes; with EXACT one more takes the exact tokens, in the model's basis.
 //   q [batch, q_heads, 1, D]; slots [batch, kv_heads, capacity, WORDS]; recent, sinks [batch, 2 kv_heads, .., D]
 //   tables: softmax scale times log2(e), D signs, 16 levels of keys, 16 of values
-//   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, KV heads,
-//   sequences, positions of the bias
-//   rows [2, batch]: first column of a sequence, first column that `recent` holds
+//   sizes: tokens, splits of codes, capacity, recent tokens, place of the oldest, sink tokens, first column, positions of
+//   the bias
+//   rows [2 or more, batch]: first column of a sequence, first column that `recent` holds
 //   bias [batch, q_heads, positions]: what base-2 scores of codes gain by their place in a sequence, with BIAS
 // -> sums [batch, q_heads, splits, D], stats [batch, q_heads, splits, 2]: base-2 maximum and total weight.
 // D: head_dim; BK, BV: bits, or VECTOR; GROUP: query heads a KV head, in BLOCKS; SG: simdgroups a threadgroup; EXACT: whether
@@ -15,13 +15,17 @@
     typedef Work<D, BK, BV, const device uint*, const device E*, const device float*> Mine;
     constexpr int BLOCKS = (GROUP + TILE - 1) / TILE, STEP = 2 * TILE;  // tokens of a simdgroup's step
     constexpr int KT = Mine::KT, VT = Mine::VT, KR = Mine::KR, VR = Mine::VR, STRIDE = Mine::STRIDE;
-    threadgroup float vectors[TILE * STRIDE], tops[SG * TILE], totals[SG * TILE];  // vectors: queries, later sums
+    // Sums of a simdgroup, of which as many lie side by side as 31 KiB hold: Metal has 32.
+    constexpr int HEADS = GROUP < TILE ? GROUP : TILE, MOST = 7936 / (HEADS * STRIDE), COPIES = MOST < SG ? MOST : SG;
+    constexpr int ROOM = (COPIES * HEADS > TILE ? COPIES * HEADS : TILE) * STRIDE;
+    threadgroup float vectors[ROOM], tops[SG * TILE], totals[SG * TILE];  // vectors: queries, later sums
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
     const int split = threadgroup_position_in_grid.x, b = threadgroup_position_in_grid.z;
     const int kv_head = threadgroup_position_in_grid.y / BLOCKS, first_head = threadgroup_position_in_grid.y % BLOCKS * TILE;
-    const int splits = sizes[1], heads = sizes[7], batch = sizes[8];
+    const int splits = sizes[1], heads = threadgroups_per_grid.y / BLOCKS, batch = threadgroups_per_grid.z;
     const size_t q_head = (size_t(b) * heads + kv_head) * GROUP + first_head;
     const bool exact = EXACT && split == splits;
+    const float worth = exact ? 1.0f : 1.0f / SCALE_DENOMINATOR;  // of a score or a value, until queries and sums have it
 
     // Columns: sinks from `start`, then codes from `coded` to `near`, then recent ones to sizes[0].
     const int start = rows[b], coded = start + sizes[5];
@@ -45,11 +49,12 @@
     const int step = begin + sg * STEP;
     its.slots = slots + ((size_t(b) * heads + kv_head) * sizes[2] + step) * Mine::WORDS;
     if (!exact && step < end) {
-        ask<BK>(its, 0, step, its.key);
-        ask<BV>(its, Mine::KW, step, its.value);
-        ask_scales(its, step);
+        ask_keys(its, step);
+        ask_values(its, step);
     }
 
+    its.key_levels = kept<BK>(tables + 1 + D, lane);
+    its.value_levels = kept<BV>(tables + 17 + D, lane);
     {  // queries, rotated to meet codes
         constexpr int PER = D <= 256 ? 8 : 16;
         constexpr int CHUNKS = Lanes<D, PER>::CHUNKS, LANES = Lanes<D, PER>::LANES, GROUPS = Lanes<D, PER>::GROUPS;
@@ -62,7 +67,7 @@
                 query[i] = real ? float(q[(q_head + g) * D + PER * chunk + i]) * (exact ? 1.0f : tables[1 + PER * chunk + i]) : 0.0f;
             if (!exact) hadamard<D, PER>(query, chunk);
             if (mine)
-                UNROLL for (int i = 0; i < PER; i++) vectors[g * STRIDE + PER * chunk + i] = query[i] * tables[0];
+                UNROLL for (int i = 0; i < PER; i++) vectors[g * STRIDE + spread(PER * chunk + i)] = query[i] * (tables[0] * worth);
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -83,13 +88,11 @@
         its.room = sizes[3];
         attend<true, BIAS>(its, vectors, step, SG * STEP);
     } else {
-        its.key_levels = kept<BK>(tables + 1 + D, lane);
-        its.value_levels = kept<BV>(tables + 17 + D, lane);
-        its.bias = bias + (q_head + metal::min(tile_row(lane), GROUP - 1 - first_head)) * sizes[9] - start;
+        its.bias = bias + (q_head + metal::min(tile_row(lane), GROUP - 1 - first_head)) * sizes[7] - start;
         attend<false, BIAS>(its, vectors, step, SG * STEP);
     }
 
-    // Simdgroups add their sums up one after another, under the highest maximum of all.
+    // Simdgroups add their sums up, under the highest maximum of all.
     const float total = row_sum(its.total);
     const int line = tile_row(lane), column = tile_column(lane);
     if (column == 0) {
@@ -99,22 +102,24 @@
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float highest = tops[line];
     for (int k = 1; k < SG; k++) highest = metal::max(highest, tops[k * TILE + line]);
-    const float shrink = metal::exp2(its.top - highest);
-    for (int k = 0; k < SG; k++) {
-        if (sg == k && first_head + line < GROUP)
+    const float shrink = metal::exp2(its.top - highest) * worth;
+    for (int k = 0; k < SG; k += COPIES) {
+        if (k <= sg && sg < k + COPIES && first_head + line < GROUP)
             UNROLL for (int r = 0; r < VR; r++)
                 UNROLL for (int m = 0; m < 4 * VT; m++)
                     UNROLL for (int i = 0; i < 2; i++) {
-                        const int c = coordinate<BV, D, VT>(r, m, column + i), at = line * STRIDE + c;
+                        const int c = coordinate<BV, D, VT>(r, m, column + i), at = ((sg - k) * HEADS + line) * STRIDE + spread(c);
                         if (c >= 0) vectors[at] = of(its.sum[r][m], i) * shrink + (k ? vectors[at] : 0.0f);
                     }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    for (int at = thread_index_in_threadgroup; at < TILE * D; at += SG * 32) {
+    for (int at = thread_index_in_threadgroup; at < HEADS * D; at += SG * 32) {
         const int g = at / D;
         if (first_head + g >= GROUP) break;
         const size_t out = (q_head + g) * (splits + EXACT) + split;
-        sums[out * D + at % D] = vectors[g * STRIDE + at % D];
+        float sum = 0.0f;
+        UNROLL for (int k = 0; k < COPIES; k++) sum += vectors[(k * HEADS + g) * STRIDE + spread(at % D)];
+        sums[out * D + at % D] = sum;
         if (at % D) continue;
         float highest = tops[g], weight = 0.0f;
         for (int k = 1; k < SG; k++) highest = metal::max(highest, tops[k * TILE + g]);

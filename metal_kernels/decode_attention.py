@@ -37,7 +37,7 @@ def decode_attention(
     slots uint32 [batch, kv_heads, capacity, slot_words], of which `length` columns are filled; the newest is the
     query's own. recent [batch, 2 kv_heads, count, head_dim]: the newest columns exactly, as a ring whose oldest lies
     at `ring`; sinks [batch, 2 kv_heads, count, head_dim]: the first tokens of each sequence; keys in the first half.
-    rows int32 [2, batch]: first column of each sequence, and the first that `recent` really holds. Columns before
+    rows: as tables.rows makes them, of the first column of each sequence and the first that `recent` really holds. Columns before
     `first` are not seen (sliding window). extra [q_heads]: logits without a value, or None. bias float32
     [batch, q_heads, length or more]: what scores of codes gain, by their place in their sequence, times log2(e), or None.
     splits: threadgroups that share a head's codes; by default as many as fill the machine.
@@ -49,7 +49,7 @@ def decode_attention(
     if splits is None:
         most = THREADGROUPS // (batch * heads * _blocks(q_heads // heads)) - exact
         splits = max(1, min(-(-length // TOKENS_AT_ONCE), most))
-    sizes = tables.numbers(length, splits, capacity, counts[0], ring, counts[1], first, heads, batch, positions)
+    sizes = tables.numbers(length, splits, capacity, counts[0], ring, counts[1], first, positions)
     plan = _Plan(fmt, scale, splits, queries.shape, slots.shape, *counts, positions)
     return launch.traced(_attend, plan, queries, slots, sizes, rows, recent, sinks, extra, bias)
 
@@ -110,7 +110,7 @@ def merge(
         "merge",
         {
             "sums": sums, "stats": stats, "tables": tables.attention(fmt, 1.0), "extra": logits,
-            "sizes": tables.numbers(splits, q_heads),
+            "sizes": tables.numbers(splits),
         },
         {"out": ((batch, q_heads, 1, head_dim), dtype)},
         {"T": dtype, "D": head_dim, "SG": simdgroups, "EXACT": int(exact), "SINKS": int(extra is not None)},

@@ -11,6 +11,7 @@
     const device uint* slot = slots + (size_t(row) * sizes[1] + metal::min(token, sizes[0] - 1)) * WORDS;
     const size_t at = (size_t(row) * sizes[0] + token) * D + 16 * chunk;
     const uint scales = slot[KW + VW];
+    const float key_worth = key_scale(scales) / SCALE_DENOMINATOR, value_worth = value_scale(scales) / SCALE_DENOMINATOR;
     const Levels key_levels = kept<BK>(tables, lane), value_levels = kept<BV>(tables + 16, lane);
     UNROLL for (int second = 0; second < 2; second++) {
         const int part = mine ? 2 * chunk + second : 0;
@@ -20,8 +21,8 @@
         Coarse level[4];
         unpack<BK, 1>(key, key_levels, part, level);
         if (mine)
-            UNROLL for (int i = 0; i < 8; i++) keys[at + 8 * second + order<BK>(i)] = T(of(level[i / 2], i % 2) * key_scale(scales));
+            UNROLL for (int i = 0; i < 8; i++) keys[at + 8 * second + order<BK>(i)] = T(of(level[i / 2], i % 2) * key_worth);
         unpack<BV, 1>(value, value_levels, part, level);
         if (mine)
-            UNROLL for (int i = 0; i < 8; i++) values[at + 8 * second + order<BV>(i)] = T(of(level[i / 2], i % 2) * value_scale(scales));
+            UNROLL for (int i = 0; i < 8; i++) values[at + 8 * second + order<BV>(i)] = T(of(level[i / 2], i % 2) * value_worth);
     }

@@ -1,8 +1,7 @@
 // Body of `merge`: the splits of one query head, those of codes rotated back.
 //
 // Threadgroup (query head, sequence). sums [batch, q_heads, splits, D], stats [.., 2]; tables: as decode_attention has them;
-// extra [q_heads]: logits without a value, times log2(e), of which SINKS says whether they count; sizes: splits of codes,
-// query heads
+// extra [q_heads]: logits without a value, times log2(e), of which SINKS says whether they count; sizes: splits of codes
 // -> out [batch, q_heads, 1, D] of type T. D: head_dim; SG: simdgroups; EXACT: whether the last split is of exact tokens.
 
     constexpr int PER = D <= 128 ? 4 : D <= 256 ? 8 : 16;  // as many lanes as there are: all of it is waiting for memory
@@ -10,7 +9,7 @@
     threadgroup float tops[SG], totals[SG], parts[SG * D];
     const int lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
     const int chunk = metal::min(lane % LANES, CHUNKS - 1), splits = sizes[0], all = splits + EXACT;
-    const size_t head = size_t(threadgroup_position_in_grid.y) * sizes[1] + threadgroup_position_in_grid.x;
+    const size_t head = size_t(threadgroup_position_in_grid.y) * threadgroups_per_grid.x + threadgroup_position_in_grid.x;
 
     // No load waits for another: every group of lanes has a maximum of its own.
     float top = -1e30f, total = 0.0f, sum[PER];

@@ -10,6 +10,7 @@ typedef bfloat16_t __nv_bfloat16;
 #define __shared__ static __attribute__((section("threadgroup_memory")))
 #undef threadgroup
 #define blockIdx shim::place
+#define gridDim shim::grid
 #define blockDim (uint3{1, 1, 1})
 #define threadIdx (uint3{shim::current->index, 0, 0})
 inline uint3 make_uint3(uint x, uint y, uint z) { return {x, y, z}; }

@@ -79,7 +79,7 @@ inline Fiber* current;
 inline jmp_buf scheduler;
 inline std::function<void(uint)> body;
 inline std::string error;
-inline uint3 place;  // of the threadgroup
+inline uint3 place, grid;  // of the threadgroup; of all
 
 [[noreturn]] inline void fail(const std::string& message) {
     error = message;

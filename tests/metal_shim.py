@@ -23,7 +23,7 @@ COMPILER = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-fno-strict-a
 BUILDS = Path(tempfile.gettempdir()) / "tqai-metal-shim"
 TYPES = {mx.uint32: "uint", mx.int32: "int"}
 ATTRIBUTES = {
-    "threadgroup_position_in_grid": "at", "thread_index_in_simdgroup": "i % 32",
+    "threadgroup_position_in_grid": "at", "threadgroups_per_grid": "shim::grid", "thread_index_in_simdgroup": "i % 32",
     "simdgroup_index_in_threadgroup": "i / 32", "thread_index_in_threadgroup": "i",
 }  # fmt: skip
 
@@ -109,6 +109,7 @@ def build(text: str, name: str, arguments: list[str]) -> ctypes.CDLL:
     code = f"""{text}
 extern "C" const char* run(void** buffers, const uint* groups, uint threads, uint seed) {{
     shim::error.clear();
+    shim::grid = {{groups[0], groups[1], groups[2]}};
     for (uint z = 0; z < groups[2]; z++) for (uint y = 0; y < groups[1]; y++) for (uint x = 0; x < groups[0]; x++) {{
         const uint3 at = shim::place = {{x, y, z}};
         shim::body = [&](uint i) {{ (void)at; {name}({", ".join(arguments)}); }};

@@ -85,7 +85,7 @@ def _split_mask(tokens: Tokens, count: int, mask) -> mx.array:
     """The mask over [codes of all columns | first tokens | newest tokens], each token allowed in one of them."""
     length = tokens.length
     column, query = mx.arange(length), mx.arange(length - count, length)[:, None]
-    padding, recent_from = (rows[:, None, None, None] for rows in tokens.rows)  # each [batch, 1, 1, 1]
+    padding, recent_from = (rows[:, None, None, None] for rows in tokens.rows[:2])  # each [batch, 1, 1, 1]
     bias = None
     if isinstance(mask, mx.array):
         mask = mask.reshape(*(1,) * (4 - mask.ndim), *mask.shape)[..., -length:]

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import _BaseCache, create_attention_mask
 from ..core.codebook import Codebook
 from ..core.kv_format import FORMAT_VERSION
 from ..core.vector_codebook import VectorCodebook, codebook_of
-from ..metal_kernels import codec
+from ..metal_kernels import codec, tables
 from ..metal_kernels.store import store, store_and_join
 from . import masks, mean_terms
 from .key_mean import KeyMean
@@ -47,7 +47,7 @@ class _Compressed(_BaseCache):
 
     def _set_rows(self, padding: list[int], recent_from: list[int]) -> None:
         self.padding, self.recent_from = padding, recent_from
-        self._rows = mx.array([padding, recent_from], mx.int32)
+        self._rows = tables.rows(padding, recent_from)
 
     # ---- the model's side
 

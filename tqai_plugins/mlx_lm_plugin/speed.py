@@ -13,7 +13,7 @@ from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import KVCache
 
 from ..core.kv_format import KVFormat
-from ..metal_kernels import launch
+from ..metal_kernels import launch, tables
 from ..metal_kernels.decode_attention import decode_attention
 from . import patching
 from .attention import attend
@@ -31,8 +31,9 @@ AHEAD = 8192  # rows and columns of a product that keeps the device busy while c
 
 
 def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 40, repeats: int = 7) -> tuple[float, float]:
-    """Microseconds a call on the device, and to build in Python: medians of chains of calls, each on what the one before gave,
-    as the layers of a model are. query [batch, q_heads, 1, head_dim], or whatever shape `call` takes and returns.
+    """Microseconds that a call takes on the device, and to build in Python: by how much a chain of five times `calls` takes longer
+    than one of `calls`, each call on what the one before gave, as the layers of a model are; medians. query [batch, q_heads,
+    1, head_dim], or whatever shape `call` takes and returns.
 
     A chain is queued while the device works on long products, so that it never waits for Python or for MLX's encoding;
     generation too queues a token while the one before is worked on, unless the model is small.
@@ -43,7 +44,7 @@ def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 
     def run(count: int) -> tuple[float, float]:
         """Seconds until all is done, and seconds that building took."""
         start, ahead = time.perf_counter(), long
-        for _ in range(3):
+        for _ in range(6):
             ahead = ahead @ long
         mx.async_eval(ahead)
         began, x = time.perf_counter(), query
@@ -53,10 +54,11 @@ def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 
         mx.eval(ahead, x)
         return time.perf_counter() - start, built - began
 
-    alone = statistics.median(run(0)[0] for _ in range(repeats))
-    times = [run(calls) for _ in range(repeats)]
-    running, building = (statistics.median(column) / calls * 1e6 for column in zip(*times))
-    return running - alone / calls * 1e6, building
+    def medians(count: int) -> list[float]:
+        return [statistics.median(column) for column in zip(*(run(count) for _ in range(repeats)))]
+
+    few, many = medians(calls), medians(5 * calls)
+    return tuple((longer - shorter) / (4 * calls) * 1e6 for shorter, longer in zip(few, many))
 
 
 def _or_none(measure: Callable[[], float]) -> float | None:
@@ -88,7 +90,7 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
         return mx.random.normal((sequences, heads, count, head_dim)).astype(mx.float16)
 
     def step(cache, attention) -> float:
-        return time_of(lambda x: attention(x, *cache.update_and_fetch(key, value)), query, calls=20)[0]
+        return time_of(lambda x: attention(x, *cache.update_and_fetch(key, value)), query, calls=10)[0]
 
     keys, values, query = draw(kv_heads, context), draw(kv_heads, context), draw(q_heads, 1)
     key, value = draw(kv_heads, 1), draw(kv_heads, 1)
@@ -113,7 +115,7 @@ def _one_shape(formats, sequences: int, context: int, q_heads: int, kv_heads: in
         for start in range(0, context, 4096):
             cache.update_and_fetch(keys[:, :, start : start + 4096], values[:, :, start : start + 4096])
             mx.eval(cache.state)
-        slots, rows = cache.columns[0], mx.array([[0] * sequences, [context] * sequences], mx.int32)
+        slots, rows = cache.columns[0], tables.rows([0] * sequences, [context] * sequences)
         us, build_us = time_of(lambda x: decode_attention(x, slots, context, fmt, rows, scale=scale), query)  # noqa: B023  called at once
         through = step(cache, lambda x, k, v: attend(x, k, v, scale, None))
         size = sequences * context * kv_heads * fmt.slot_bytes

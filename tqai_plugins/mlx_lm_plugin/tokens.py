@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
     recent: mx.array | None  # [batch, 2 kv_heads, count, head_dim]: columns length - count to length, as a ring
     ring: int  # place of the oldest in `recent`
     sinks: mx.array | None  # [batch, 2 kv_heads, sink_tokens, head_dim]: first tokens of each row
-    rows: mx.array  # int32 [2, batch]: padding, and the first column of which `recent` holds more than room
+    rows: mx.array  # tables.rows of padding, and the first column of which `recent` holds more than room
     mean: KeyMean | None = None  # what keys were less before they were coded
 
     @property
