@@ -96,10 +96,18 @@ def _permute_table(levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _store_rows(out, real, acc, half, inverse, coordinate, D: tl.constexpr, H: tl.constexpr):
+def _store_sums(out, real, acc, half, inverse, D: tl.constexpr, H: tl.constexpr):
+    """acc int32 [coordinates, 2 H], columns hi and lo of each row, to out [H]."""
     hi, lo = tl.split(tl.reshape(acc, [acc.shape[0], H, 2]))
     value = (hi.to(tl.float32) + lo.to(tl.float32) * (1.0 / 254) + 0.5 * half[None, :]) * inverse[None, :]
-    tl.store(out[None, :] + coordinate[:, None], value, mask=real[None, :] & (coordinate < D)[:, None])
+    coordinate = tl.arange(0, acc.shape[0])[:, None]
+    tl.store(out[None, :] + coordinate, value, mask=real[None, :] & (coordinate < D))
+
+
+@triton.jit
+def _in_turn(a0, a1):
+    """[N, C] and [N, C] -> [2 N, C], rows in turn."""
+    return tl.reshape(tl.permute(tl.join(a0, a1), (0, 2, 1)), [2 * a0.shape[0], a0.shape[1]])
 
 
 @triton.jit
@@ -231,6 +239,19 @@ def _softmax_weights(
 @triton.jit
 def _load_codes(base, rows, row_stride, columns, column_stride, mask):
     return tl.load(base + rows * row_stride + columns * column_stride, mask=mask, other=0).to(tl.int8, bitcast=True)
+
+
+@triton.jit(noinline=True)
+def _finish_rows(
+    partial, lse, sequence, head, first_row, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
+    NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SINKS: tl.constexpr, LSE_OUT: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
+):
+    """merge.finish for a program's H rows: a function of its own, since Triton's time to compile grows by the square of one's length."""
+    r = first_row + tl.arange(0, H)
+    row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
+    finish(partial, lse, row.to(tl.int64), r < GROUP * QUERY_LEN, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
+           NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT, SCALE_DENOMINATOR)
 
 
 @triton.jit(
@@ -419,12 +440,12 @@ def _decode_kernel(
     # Rows beyond the group are not stored: their column points nowhere.
     out = partial + tl.where(real, out_row, 0) * D
     inverse = tl.where(real, inverse * v_unit, 0.0)
-    _store_rows(out, real, a0, half, inverse, jv * F_V, D, H)
-    if F_V >= 2:
-        _store_rows(out, real, a1, half, inverse, jv * F_V + 1, D, H)
     if F_V == 4:
-        _store_rows(out, real, a2, half, inverse, jv * F_V + 2, D, H)
-        _store_rows(out, real, a3, half, inverse, jv * F_V + 3, D, H)
+        a0 = _in_turn(a0, a2)
+        a1 = _in_turn(a1, a3)
+    if F_V >= 2:
+        a0 = _in_turn(a0, a1)
+    _store_sums(out, real, a0, half, inverse, D, H)
     log_total = tl.where(total == 0, -1e30, tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse + out_row, ref + log_total, mask=real)
 
@@ -437,8 +458,8 @@ def _decode_kernel(
         if done == splits:
             tl.store(counter, 0)  # for the next launch
             # Few lanes at a time: the loop above sets the registers.
-            finish(partial, lse, query_row.to(tl.int64), real, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
-                   NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT, SCALE_DENOMINATOR)
+            _finish_rows(partial, lse, sequence, head, first_row, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
+                         NUM_Q_HEADS, GROUP, QUERY_LEN, H, D, DP, SINKS, LSE_OUT, SCALE_DENOMINATOR)
 
 
 @functools.lru_cache(None)

@@ -22,14 +22,12 @@ def mean_term(table, coefficients, columns, position, head, inside, D: tl.conste
 @triton.jit
 def mean_weights(vectors, coefficients, coordinates, head, valid, D: tl.constexpr, COLUMNS: tl.constexpr):
     """What queries at these addresses, of KV heads [ROWS], give each column of the table: float32 [ROWS, COLUMNS]."""
-    c = tl.arange(0, COLUMNS)
-    of_head = coefficients + (head * (2 * D))[:, None] + (c // (COLUMNS // 2) * D)[None, :]
-    weights = tl.zeros([vectors.shape[0], COLUMNS], tl.float32)
-    for side in tl.static_range(2):
-        at = tl.load(coordinates + side * (COLUMNS // 2) + c % (COLUMNS // 2))[None, :]
-        part = tl.load(vectors[:, None] + at, mask=valid[:, None], other=0.0)
-        weights += part.to(tl.float32) * tl.load(of_head + at)
-    return weights
+    PAIRS: tl.constexpr = COLUMNS // 2
+    c = tl.arange(0, COLUMNS)[None, :]
+    at = tl.load(coordinates + tl.arange(0, 2)[:, None] * PAIRS + c % PAIRS)[None, :, :]  # both coordinates of each pair
+    of_head = coefficients + (head * (2 * D))[:, None, None] + (c // PAIRS * D)[None, :, :] + at
+    part = tl.load(vectors[:, None, None] + at, mask=valid[:, None, None], other=0.0)
+    return tl.sum(part.to(tl.float32) * tl.load(of_head), 1)
 
 
 def mean_arguments(mean, placeholder: torch.Tensor) -> tuple[torch.Tensor, ...]:

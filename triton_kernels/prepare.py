@@ -57,11 +57,13 @@ def _places(slot_ptr, token, inside, pages, head, page_stride, head_stride, PAGE
 
 
 @triton.jit
-def _in_planes(z, top):
+def _store_planes(out, z, top, mask, plane_stride: tl.constexpr):
     """Two int8 planes, z = top / 127 * (hi + lo / 254): about 15 bits."""
-    y = z * (127.0 / top)[:, None]
-    hi = _nearest(y)
-    return hi.to(tl.int8), _nearest((y - hi) * 254.0).to(tl.int8)
+    rest = z * (127.0 / top)[:, None]
+    for plane in range(2):
+        whole = _nearest(rest)
+        tl.store(out + plane * plane_stride, whole.to(tl.int8), mask=mask)
+        rest = (rest - whole) * 254.0
 
 
 @triton.jit
@@ -113,15 +115,16 @@ def _encode(y, copy, BOOK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COPI
     best_grid = rms
     best_scale = rms
     best_number = copy
-    for g in tl.static_range(len(GRIDS) // COPIES):
+    for g in range(len(GRIDS) // COPIES):  # a loop at run time, which is compiled once
         number = g * COPIES + copy
-        multiple = tl.full([y.shape[0]], GRIDS[g * COPIES], tl.float32)
-        for c in tl.static_range(1, COPIES):
-            multiple = tl.where(copy == c, GRIDS[g * COPIES + c], multiple)
+        multiple = tl.zeros([y.shape[0]], tl.float32)
+        for n in tl.static_range(len(GRIDS)):
+            multiple = tl.where(number == n, GRIDS[n], multiple)
         grid = rms * multiple
+        steps = size * (1.0 / grid)[:, None]
         level = tl.full(y.shape, MAGNITUDES[0], tl.float32)
         for j in tl.static_range(len(BOUNDARIES)):
-            level = tl.where(size > (grid * BOUNDARIES[j])[:, None], MAGNITUDES[j + 1], level)
+            level = tl.where(steps > BOUNDARIES[j], MAGNITUDES[j + 1], level)
         along, energy = _fit(size, level, D, DP)
         merit = along * along / energy
         merit = tl.where(live & (merit == merit), merit, 0.0)
@@ -130,9 +133,10 @@ def _encode(y, copy, BOOK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, COPI
         best_grid = tl.where(better, grid, best_grid)
         best_scale = tl.where(better, along / energy, best_scale)
         best_number = tl.where(better, number, best_number)
+    steps = size * (1.0 / best_grid)[:, None]
     index = tl.zeros(y.shape, tl.int32)
     for j in tl.static_range(len(BOUNDARIES)):
-        index += (size > (best_grid * BOUNDARIES[j])[:, None]).to(tl.int32)
+        index += (steps > BOUNDARIES[j]).to(tl.int32)
     keep = live | (copy == 0)
     if COPIES > 1:
         top = tl.max(tl.reshape(best_merit, [VECTORS, COPIES]), 1)
@@ -192,6 +196,106 @@ def _store_vectors(
     tl.store(base[:, None] + j[None, :] * byte_stride, packed.to(tl.uint8), mask=valid[:, None] & (j < limit)[None, :])
 
 
+@triton.jit
+def _vectors(ptr, token, head, stride, valid, D: tl.constexpr, DP: tl.constexpr):
+    """Vectors [ROWS, DP] of tokens and heads [ROWS], zeros beyond D and where not valid; where each begins [ROWS]."""
+    d = tl.arange(0, DP)
+    at = ptr + token.to(tl.int64) * stride + head * D
+    return tl.load(at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0), at
+
+
+# Functions of their own, since Triton's time to compile grows by more than a function's length; they are inlined after that.
+@triton.jit(noinline=True)
+def _turn_queries(
+    program, q_ptr, planes_ptr, q_scale_ptr, q_bias_ptr, signs, mean_coefficients, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
+    num_rows, stride, softmax_scale,
+    NUM_Q_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
+    ROWS: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Rotate queries and split them into int8 planes, and with a key mean what they give each column of its table."""
+    row = program * ROWS + tl.arange(0, ROWS)
+    valid = row < num_rows
+    head = row % NUM_Q_HEADS
+    d = tl.arange(0, DP)
+    x, at = _vectors(q_ptr, row // NUM_Q_HEADS, head, stride, valid, D, DP)
+    sign = tl.load(signs + d)
+    if MEAN:
+        kv_head = head // (NUM_Q_HEADS // NUM_KV_HEADS)
+        weights = mean_weights(at, mean_coefficients, mean_coordinates, kv_head, valid, D, COLUMNS)
+    y = rotate(x, sign, D, DP)
+    row = row.to(tl.int64)
+    top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
+    _store_planes(planes_ptr + (row * (2 * D))[:, None] + d[None, :], y, top, valid[:, None] & (d < D)[None, :], D)
+    tl.store(q_scale_ptr + row, top * (softmax_scale / (127.0 * 254.0)), mask=valid)
+    # Codes hold m for m + 1/2: the missing halves of a score.
+    tl.store(q_bias_ptr + row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
+    if MEAN:
+        top = tl.maximum(tl.max(tl.abs(weights), 1), 1e-20)
+        out = mean_planes_ptr + (row * (2 * COLUMNS))[:, None] + tl.arange(0, COLUMNS)[None, :]
+        _store_planes(out, weights, top, valid[:, None], COLUMNS)
+        tl.store(mean_scale_ptr + row, top * (softmax_scale * SCALE_DENOMINATOR / (127.0 * 254.0)), mask=valid)
+
+
+@triton.jit(noinline=True)
+def _store_tokens(
+    program, programs, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr, signs,
+    position_ptr, mean_table, mean_coefficients, mean_columns,
+    num_rows, k_stride, v_stride, page_stride, head_stride, recent_page_stride, recent_head_stride,
+    NUM_KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    BITS_K: tl.constexpr, BITS_V: tl.constexpr, K_BYTES: tl.constexpr, V_BYTES: tl.constexpr,
+    PAGE: tl.constexpr, V_CODES: tl.constexpr, K_SCALES: tl.constexpr, V_SCALES: tl.constexpr,
+    RECENT: tl.constexpr, RECENT_PAGE: tl.constexpr, RECENT_V_CODES: tl.constexpr,
+    RECENT_K_SCALES: tl.constexpr, RECENT_V_SCALES: tl.constexpr,
+    BOOK_K: tl.constexpr, BOOK_V: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
+    ROWS: tl.constexpr, COPIES: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
+):
+    """Quantize and store keys, which the first `programs` take, or values."""
+    VECTORS: tl.constexpr = ROWS // COPIES
+    is_key = program < programs
+    r = tl.arange(0, ROWS)
+    d = tl.arange(0, DP)
+    copy = r % COPIES
+    row = (program - tl.where(is_key, 0, programs)) * VECTORS + r // COPIES
+    valid = row < num_rows
+    token = row // NUM_KV_HEADS
+    head = row % NUM_KV_HEADS
+    # All that is not computed is asked for before any of it is used: latency is what a decode step pays.
+    x, _ = _vectors(tl.where(is_key, k_ptr, v_ptr), token, head, tl.where(is_key, k_stride, v_stride), valid, D, DP)
+    sign = tl.load(signs + d)
+    page, in_page, stored = _places(slot_ptr, token, valid, pages_ptr, head, page_stride, head_stride, PAGE)
+    if RECENT:
+        twin_page, in_twin, twin = _places(
+            recent_slot_ptr, token, valid, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
+        )
+        twin = twin & stored  # beyond the step's tokens recent slots are old
+    coded = x
+    if MEAN:
+        if is_key:
+            position = tl.load(position_ptr + token, mask=valid, other=0)
+            inside = stored[:, None] & (d < D)[None, :]
+            mean = mean_term(mean_table, mean_coefficients, mean_columns, position, head, inside, D, DP, COLUMNS)
+            coded = (x.to(tl.float32) - mean).to(x.dtype)
+    y = rotate(coded, sign, D, DP)
+    if BITS_K == BITS_V and BITS_K < 8:  # one text for both, which is compiled once; 8-bit keys are slow byte by byte
+        _store_vectors(y, copy, page, in_page, tl.where(is_key, 0, V_CODES), tl.where(is_key, 1, PAGE),
+                       tl.where(is_key, K_BYTES, 1), tl.where(is_key, K_SCALES, V_SCALES), stored, K_BYTES,
+                       D, DP, BITS_K, BOOK_K, COPIES, TOP, SCALE_DENOMINATOR)
+    elif is_key:
+        _store_vectors(y, copy, page, in_page, 0, 1, K_BYTES, K_SCALES, stored, K_BYTES,
+                       D, DP, BITS_K, BOOK_K, COPIES, TOP, SCALE_DENOMINATOR)
+    else:
+        _store_vectors(y, copy, page, in_page, V_CODES, PAGE, 1, V_SCALES, stored, V_BYTES,
+                       D, DP, BITS_V, BOOK_V, COPIES, TOP, SCALE_DENOMINATOR)
+    if RECENT:
+        if tl.max(twin.to(tl.int32), 0) > 0:
+            if MEAN:
+                if is_key:
+                    y = rotate(x, sign, D, DP)
+            _store_vectors(y, copy, twin_page, in_twin, tl.where(is_key, 0, RECENT_V_CODES), tl.where(is_key, 1, RECENT_PAGE),
+                           tl.where(is_key, D, 1), tl.where(is_key, RECENT_K_SCALES, RECENT_V_SCALES), twin, D,
+                           D, DP, 8, (), COPIES, TOP, SCALE_DENOMINATOR)
+
+
 @triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
@@ -209,86 +313,22 @@ def _prepare_kernel(
 ):
     # First programs turn queries, ROWS each; then come those of keys, then those of values.
     program = tl.program_id(0)
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, DP)
-    VECTORS: tl.constexpr = ROWS // COPIES
     query_programs = tl.cdiv(num_query_rows, ROWS)
-    kv_programs = tl.cdiv(num_kv_rows, VECTORS)
-    is_query = program < query_programs
-    is_key = (program >= query_programs) & (program < query_programs + kv_programs)
-    copy = r % COPIES
-    if is_query:
-        row = program * ROWS + r
-        valid = row < num_query_rows
-        new = row < 0  # of these none is stored
-        token = row // NUM_Q_HEADS
-        head = row % NUM_Q_HEADS
-    else:
-        row = (program - query_programs - tl.where(is_key, 0, kv_programs)) * VECTORS + r // COPIES
-        valid = row < num_kv_rows
-        new = valid
-        token = row // NUM_KV_HEADS
-        head = row % NUM_KV_HEADS
-    vectors = tl.where(is_query, q_ptr, tl.where(is_key, k_ptr, v_ptr))
-    stride = tl.where(is_query, q_stride, tl.where(is_key, k_stride, v_stride))
-    vectors += token.to(tl.int64) * stride + head * D
-    # All that is not computed is asked for before any of it is used: latency is what a decode step pays.
-    x = tl.load(vectors[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
-    sign = tl.load(signs + d)
-    page, in_page, stored = _places(slot_ptr, token, new, pages_ptr, head, page_stride, head_stride, PAGE)
-    if RECENT:
-        twin_page, in_twin, twin = _places(
-            recent_slot_ptr, token, new, recent_ptr, head, recent_page_stride, recent_head_stride, RECENT_PAGE
+    if program < query_programs:
+        _turn_queries(
+            program, q_ptr, planes_ptr, q_scale_ptr, q_bias_ptr, signs, mean_coefficients, mean_coordinates, mean_planes_ptr,
+            mean_scale_ptr, num_query_rows, q_stride, softmax_scale,
+            NUM_Q_HEADS, NUM_KV_HEADS, D, DP, SCALE_DENOMINATOR, ROWS, MEAN, COLUMNS,
         )
-        twin = twin & stored  # beyond the step's tokens recent slots are old
-    coded = x
-    if MEAN:
-        weights = tl.zeros([ROWS, COLUMNS], tl.float32)  # what a query gives each column of the table
-        if is_query:
-            kv_head = head // (NUM_Q_HEADS // NUM_KV_HEADS)
-            weights = mean_weights(vectors, mean_coefficients, mean_coordinates, kv_head, valid, D, COLUMNS)
-        elif is_key:
-            position = tl.load(position_ptr + token, mask=valid, other=0)
-            inside = stored[:, None] & (d < D)[None, :]
-            mean = mean_term(mean_table, mean_coefficients, mean_columns, position, head, inside, D, DP, COLUMNS)
-            coded = (x.to(tl.float32) - mean).to(x.dtype)
-    y = rotate(coded, sign, D, DP)
-    if is_query:
-        query_row = row.to(tl.int64)
-        top = tl.maximum(tl.max(tl.abs(y), 1), 1e-20)
-        hi, lo = _in_planes(y, top)
-        out = planes_ptr + (query_row * (2 * D))[:, None] + d[None, :]
-        inside = valid[:, None] & (d < D)[None, :]
-        tl.store(out, hi, mask=inside)
-        tl.store(out + D, lo, mask=inside)
-        tl.store(q_scale_ptr + query_row, top * (softmax_scale / (127.0 * 254.0)), mask=valid)
-        # Codes hold m for m + 1/2: the missing halves of a score.
-        tl.store(q_bias_ptr + query_row, 0.5 * softmax_scale * tl.sum(y, 1), mask=valid)
-        if MEAN:
-            top = tl.maximum(tl.max(tl.abs(weights), 1), 1e-20)
-            hi, lo = _in_planes(weights, top)
-            c = tl.arange(0, COLUMNS)
-            out = mean_planes_ptr + (query_row * (2 * COLUMNS))[:, None] + c[None, :]
-            tl.store(out, hi, mask=valid[:, None])
-            tl.store(out + COLUMNS, lo, mask=valid[:, None])
-            scale = top * (softmax_scale * SCALE_DENOMINATOR / (127.0 * 254.0))
-            tl.store(mean_scale_ptr + query_row, scale, mask=valid)
-    elif is_key:
-        _store_vectors(y, copy, page, in_page, 0, 1, K_BYTES, K_SCALES, stored, K_BYTES,
-                       D, DP, BITS_K, BOOK_K, COPIES, TOP, SCALE_DENOMINATOR)
-        if RECENT:
-            if tl.max(twin.to(tl.int32), 0) > 0:
-                if MEAN:
-                    y = rotate(x, sign, D, DP)
-                _store_vectors(y, copy, twin_page, in_twin, 0, 1, D, RECENT_K_SCALES, twin, D,
-                               D, DP, 8, (), COPIES, TOP, SCALE_DENOMINATOR)
     else:
-        _store_vectors(y, copy, page, in_page, V_CODES, PAGE, 1, V_SCALES, stored, V_BYTES,
-                       D, DP, BITS_V, BOOK_V, COPIES, TOP, SCALE_DENOMINATOR)
-        if RECENT:
-            if tl.max(twin.to(tl.int32), 0) > 0:
-                _store_vectors(y, copy, twin_page, in_twin, RECENT_V_CODES, RECENT_PAGE, 1, RECENT_V_SCALES,
-                               twin, D, D, DP, 8, (), COPIES, TOP, SCALE_DENOMINATOR)
+        _store_tokens(
+            program - query_programs, tl.cdiv(num_kv_rows, ROWS // COPIES), k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr,
+            recent_slot_ptr, signs, position_ptr, mean_table, mean_coefficients, mean_columns,
+            num_kv_rows, k_stride, v_stride, page_stride, head_stride, recent_page_stride, recent_head_stride,
+            NUM_KV_HEADS, D, DP, BITS_K, BITS_V, K_BYTES, V_BYTES, PAGE, V_CODES, K_SCALES, V_SCALES,
+            RECENT, RECENT_PAGE, RECENT_V_CODES, RECENT_K_SCALES, RECENT_V_SCALES,
+            BOOK_K, BOOK_V, TOP, SCALE_DENOMINATOR, ROWS, COPIES, MEAN, COLUMNS,
+        )
 
 
 @functools.lru_cache(None)

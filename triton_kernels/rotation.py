@@ -11,13 +11,15 @@ def _hadamard(x, D: tl.constexpr, DP: tl.constexpr):
     """float32 [rows, DP], zeros from D on, through blocks of +1 and -1: the reference's sums in its order."""
     tl.static_assert(DP <= 256)
     d = tl.arange(0, DP)[None, :]
+    side = (1 - 2 * tl.arange(0, 2)).to(tl.float32)[None, None, :, None]
     for bit in tl.static_range(8):
         if (2 << bit) <= D:
             # Both bit patterns of a pair, summed, less one's own are exactly the partner's. Of that the compiler makes
             # one shuffle, or nothing where a thread holds both; halves by tl.split would go through shared memory.
-            pairs = tl.reshape(x.to(tl.int32, bitcast=True), [x.shape[0], DP // (2 << bit), 2, 1 << bit])
-            partner = tl.reshape(tl.sum(pairs, 2, keep_dims=True) - pairs, x.shape).to(tl.float32, bitcast=True)
-            turned = partner + x * tl.where((d >> bit) % 2 == 0, 1.0, -1.0)
+            pairs = tl.reshape(x, [x.shape[0], DP // (2 << bit), 2, 1 << bit])
+            own = pairs.to(tl.int32, bitcast=True)
+            partner = (tl.sum(own, 2, keep_dims=True) - own).to(tl.float32, bitcast=True)
+            turned = tl.reshape(partner + pairs * side, x.shape)
             # Smaller blocks, which lie behind, are done.
             x = turned if D == DP else tl.where(d < D // (2 << bit) * (2 << bit), turned, x)
     return x
