@@ -197,7 +197,7 @@ template <int HEAD_DIM, int KEY_BITS, int VALUE_BITS, typename Words, typename R
     int count, oldest, room;
     Fine query[KR][4 * KT];
     float top, total;
-    Sums sum[VR][4 * VT];
+    Pair sum[VR][4 * VT];
 };
 
 // Ask for words of the two tiles whose first token's are at `from`, or for the last token's, `left` tokens later.
@@ -272,8 +272,9 @@ TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
             const float shrink = metal::exp2(its.top - highest);
             its.top = highest;
             its.total *= shrink;
+            const Pair factors = by_heads(shrink, its.lane);
             UNROLL for (int r = 0; r < Work::VR; r++)
-                UNROLL for (int m = 0; m < 4 * VT; m++) scale(its.sum[r][m], shrink);
+                UNROLL for (int m = 0; m < 4 * VT; m++) scale(its.sum[r][m], factors);
         }
         Fine weight[2];
         UNROLL for (int tile = 0; tile < 2; tile++) {
@@ -289,13 +290,15 @@ TQAI_FN void attend(thread Work& its, Numbers queries, int step, int steps) {
                 UNROLL for (int tile = 0; tile < 2; tile++) {
                     Fine value[4 * VT];
                     read<BV, VT>(its, 1, step + TILE * tile, r, value);
-                    UNROLL for (int m = 0; m < 4 * VT; m++) multiply_add(weight[tile], value[m], its.sum[r][m]);
+                    UNROLL for (int m = 0; m < 4 * VT; m += 2)
+                        multiply_values(weight[tile], value[m], value[m + 1], its.sum[r][m], its.sum[r][m + 1]);
                 }
             } else {
                 Coarse value[2][4 * VT];
                 UNROLL for (int tile = 0; tile < 2; tile++)
                     unpack<BV, VT>(its.value[tile][r], its.value_levels, own_chunk<BV, D, VT>(its.lane, r), value[tile]);
-                UNROLL for (int m = 0; m < 4 * VT; m++) multiply_add(weight[0], weight[1], value[0][m], value[1][m], its.sum[r][m]);
+                UNROLL for (int m = 0; m < 4 * VT; m += 2)
+                    multiply_values(weight[0], weight[1], value[0][m], value[0][m + 1], value[1][m], value[1][m + 1], its.sum[r][m], its.sum[r][m + 1]);
             }
         }
         if (!EXACTLY) ask_values(its, step + steps);

@@ -61,13 +61,17 @@ template <class E> TQAI_FN void load(const E* row, float (&out)[8]) {  // at onc
 }
 
 // The matrix unit's tiles as mma.m16n8k16 has them. Its factors are bfloat16, exact for levels: Coarse. Fine numbers are two
-// of them, of which the instruction takes the second as 8 more rows, which it has and heads seldom fill.
+// of them. For scores the instruction takes the second ones as 8 more rows, which heads leave idle; for values it takes the
+// coordinates of two tiles as its rows and heads as columns, where a lane has them anyway, and so half the sums, twice.
 typedef uint Coarse;
 struct Fine {
     Coarse high, rest;
 };
 struct Sums {
     float of[4];
+};
+struct Pair {
+    float of[2];
 };
 #define KEY_TOKENS 1  // of a tile, whose keys a lane has: see common.metal
 #define VALUE_TOKENS 2
@@ -86,13 +90,28 @@ TQAI_FN Fine fine(float x, float y) {
     return {high, coarse(x - of(high, 0), y - of(high, 1))};
 }
 TQAI_FN float of(Sums sums, int i) { return sums.of[i] + sums.of[i + 2]; }
-TQAI_FN void scale(Sums& sums, float factor) { UNROLL for (int i = 0; i < 4; i++) sums.of[i] *= factor; }
-TQAI_FN void multiply_add(Fine a0, Fine a1, Coarse b0, Coarse b1, Sums& sums) {
+TQAI_FN void mma(float& d0, float& d1, float& d2, float& d3, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sums.of[0]), "+f"(sums.of[1]), "+f"(sums.of[2]), "+f"(sums.of[3])
-        : "r"(a0.high), "r"(a0.rest), "r"(a1.high), "r"(a1.rest), "r"(b0), "r"(b1));
+        : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+TQAI_FN void multiply_add(Fine a0, Fine a1, Coarse b0, Coarse b1, Sums& sums) {
+    mma(sums.of[0], sums.of[1], sums.of[2], sums.of[3], a0.high, a0.rest, a1.high, a1.rest, b0, b1);
 }
 TQAI_FN void multiply_add(Fine a, Fine b, Sums& sums) { multiply_add(a, a, b.high, b.rest, sums); }
+TQAI_FN Pair pair(float x, float y) { return {{x, y}}; }
+TQAI_FN float of(Pair sums, int i) { return sums.of[i]; }
+TQAI_FN int sum_head(int lane, int i) { return tile_column(lane) + i; }
+TQAI_FN int sum_line(int lane, int) { return tile_row(lane); }
+TQAI_FN Pair by_heads(float x, int lane) { return pair(simd_table(x, 4 * tile_column(lane)), simd_table(x, 4 * tile_column(lane) + 4)); }
+TQAI_FN void scale(Pair& sums, Pair factors) { UNROLL for (int i = 0; i < 2; i++) sums.of[i] *= factors.of[i]; }
+TQAI_FN void multiply_values(Fine w0, Fine w1, Coarse a0, Coarse b0, Coarse a1, Coarse b1, Pair& a, Pair& b) {
+    mma(a.of[0], a.of[1], b.of[0], b.of[1], a0, b0, a1, b1, w0.high, w1.high);
+    mma(a.of[0], a.of[1], b.of[0], b.of[1], a0, b0, a1, b1, w0.rest, w1.rest);
+}
+TQAI_FN void multiply_values(Fine w, Fine a0, Fine b0, Pair& a, Pair& b) {
+    multiply_values(w, w, a0.high, b0.high, a0.rest, b0.rest, a, b);
+}
 
 // Levels by their codes. Up to four bits, an instruction that picks bytes finds four at once in tables of eight, one of the
 // levels' upper bytes and one of their lower; of four bits in those of negative levels, whose sign is then taken away.

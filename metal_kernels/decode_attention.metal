@@ -76,7 +76,7 @@
     its.top = -1e30f;
     its.total = 0.0f;
     UNROLL for (int r = 0; r < VR; r++)
-        UNROLL for (int m = 0; m < 4 * VT; m++) its.sum[r][m] = nothing();
+        UNROLL for (int m = 0; m < 4 * VT; m++) its.sum[r][m] = pair(0.0f, 0.0f);
     if (exact) {
         UNROLL for (int part = 0; part < 2; part++) {
             const size_t head = (size_t(b) * 2 + part) * heads + kv_head;
@@ -94,22 +94,23 @@
 
     // Simdgroups add their sums up, under the highest maximum of all.
     const float total = row_sum(its.total);
-    const int line = tile_row(lane), column = tile_column(lane);
-    if (column == 0) {
+    const int line = tile_row(lane);
+    if (tile_column(lane) == 0) {
         tops[sg * TILE + line] = its.top;
         totals[sg * TILE + line] = total;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     float highest = tops[line];
     for (int k = 1; k < SG; k++) highest = metal::max(highest, tops[k * TILE + line]);
-    const float shrink = metal::exp2(its.top - highest) * worth;
+    const Pair shares = by_heads(metal::exp2(its.top - highest) * worth, lane);
     for (int k = 0; k < SG; k += COPIES) {
-        if (k <= sg && sg < k + COPIES && first_head + line < GROUP)
+        if (k <= sg && sg < k + COPIES)
             UNROLL for (int r = 0; r < VR; r++)
                 UNROLL for (int m = 0; m < 4 * VT; m++)
                     UNROLL for (int i = 0; i < 2; i++) {
-                        const int c = coordinate<BV, D, VT>(r, m, column + i), at = ((sg - k) * HEADS + line) * STRIDE + spread(c);
-                        if (c >= 0) vectors[at] = of(its.sum[r][m], i) * shrink + (k ? vectors[at] : 0.0f);
+                        const int c = coordinate<BV, D, VT>(r, m, sum_line(lane, i)), head = sum_head(lane, i);
+                        const int at = ((sg - k) * HEADS + head) * STRIDE + spread(c);
+                        if (c >= 0 && first_head + head < GROUP) vectors[at] = of(its.sum[r][m], i) * of(shares, i) + (k ? vectors[at] : 0.0f);
                     }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
