@@ -241,6 +241,12 @@ def _load_codes(base, rows, row_stride, columns, column_stride, mask):
     return tl.load(base + rows * row_stride + columns * column_stride, mask=mask, other=0).to(tl.int8, bitcast=True)
 
 
+@triton.jit
+def _query_row(r, sequence, head, NUM_Q_HEADS: tl.constexpr, GROUP: tl.constexpr, QUERY_LEN: tl.constexpr):
+    """Where pair r of (query, query head) of a KV head lies among all (token, query head) pairs."""
+    return (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
+
+
 @triton.jit(noinline=True)
 def _finish_rows(
     partial, lse, sequence, head, first_row, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
@@ -249,7 +255,7 @@ def _finish_rows(
 ):
     """merge.finish for a program's H rows: a function of its own, since Triton's time to compile grows by the square of one's length."""
     r = first_row + tl.arange(0, H)
-    row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
+    row = _query_row(r, sequence, head, NUM_Q_HEADS, GROUP, QUERY_LEN)
     finish(partial, lse, row.to(tl.int64), r < GROUP * QUERY_LEN, num_splits, splits, out_ptr, out_stride, sinks, lse_out, signs,
            NUM_Q_HEADS, D, DP, H, 16 // H, SINKS, LSE_OUT, SCALE_DENOMINATOR)
 
@@ -282,8 +288,8 @@ def _decode_kernel(
 
     r = first_row + tl.arange(0, H)
     c = first_row + tl.arange(0, C) // 2
-    query_row = (sequence * QUERY_LEN + r // GROUP) * NUM_Q_HEADS + head * GROUP + r % GROUP
-    column_row = (sequence * QUERY_LEN + c // GROUP) * NUM_Q_HEADS + head * GROUP + c % GROUP
+    query_row = _query_row(r, sequence, head, NUM_Q_HEADS, GROUP, QUERY_LEN)
+    column_row = _query_row(c, sequence, head, NUM_Q_HEADS, GROUP, QUERY_LEN)
     real = r < GROUP * QUERY_LEN
     real_column = c < GROUP * QUERY_LEN
     plane = tl.arange(0, C) % 2
