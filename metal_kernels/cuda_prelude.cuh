@@ -18,6 +18,8 @@ template <class T> TQAI_FN T simd_shuffle_xor(T v, ushort mask) { return __shfl_
 // The value of lane `index` modulo 32.
 TQAI_FN float simd_table(float v, uint index) { return __shfl_sync(~0u, v, index); }
 TQAI_FN bool simd_any(bool v) { return __any_sync(~0u, v); }
+// What was asked for is asked for here: no load moves past a barrier, and the compiler would put it off until it is needed.
+TQAI_FN void no_later() { __syncwarp(); }
 template <class T> TQAI_FN T simd_sum(T v) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
     return v;

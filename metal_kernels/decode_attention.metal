@@ -14,7 +14,7 @@
 
     typedef Work<D, BK, BV, const device uint*, const device E*, const device float*> Mine;
     constexpr int BLOCKS = (GROUP + TILE - 1) / TILE, STEP = 2 * TILE;  // tokens of a simdgroup's step
-    constexpr int KT = Mine::KT, VT = Mine::VT, KR = Mine::KR, VR = Mine::VR, STRIDE = Mine::STRIDE;
+    constexpr int VT = Mine::VT, VR = Mine::VR, STRIDE = Row<D>::LENGTH;
     // Sums of a simdgroup, of which as many lie side by side as 31 KiB hold: Metal has 32.
     constexpr int HEADS = GROUP < TILE ? GROUP : TILE, MOST = 7936 / (HEADS * STRIDE), COPIES = MOST < SG ? MOST : SG;
     constexpr int ROOM = (COPIES * HEADS > TILE ? COPIES * HEADS : TILE) * STRIDE;
@@ -53,7 +53,7 @@
         ask_values(its, step);
     }
 
-    its.key_levels = kept<BK>(tables + 1 + D, lane);
+    its.key_levels = kept_keys<BK>(tables + 1 + D, lane);
     its.value_levels = kept<BV>(tables + 17 + D, lane);
     {  // queries, rotated to meet codes
         constexpr int PER = D <= 256 ? 8 : 16;
@@ -66,13 +66,12 @@
             UNROLL for (int i = 0; i < PER; i++)
                 query[i] = real ? float(q[(q_head + g) * D + PER * chunk + i]) * (exact ? 1.0f : tables[1 + PER * chunk + i]) : 0.0f;
             if (!exact) hadamard<D, PER>(query, chunk);
-            if (mine)
-                UNROLL for (int i = 0; i < PER; i++) vectors[g * STRIDE + spread(PER * chunk + i)] = query[i] * (tables[0] * worth);
+            UNROLL for (int i = 0; i < PER; i++) query[i] *= tables[0] * worth;
+            if (!exact) put_query<BK, D, PER>(query, chunk, mine, g, vectors);
+            if (exact && mine) put_vector<D>(query, chunk, g, vectors);
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (Mine::KEPT)
-        UNROLL for (int r = 0; r < KR; r++) read_queries<BK, D, KT>(vectors, STRIDE, lane, r, its.query[r]);
     its.top = -1e30f;
     its.total = 0.0f;
     UNROLL for (int r = 0; r < VR; r++)
@@ -88,6 +87,7 @@
         its.room = sizes[3];
         attend<true, BIAS>(its, vectors, step, SG * STEP);
     } else {
+        its.head = head_of<D>(vectors, lane);
         its.bias = bias + (q_head + metal::min(tile_row(lane), GROUP - 1 - first_head)) * sizes[7] - start;
         attend<false, BIAS>(its, vectors, step, SG * STEP);
     }

@@ -18,6 +18,9 @@ from ..core.reference import SMALLEST_RMS
 VECTOR = 16  # what kernels call vector values where they tell codes apart by their bits
 TILE = 8  # rows and columns of the matrix unit's tiles
 TRACES = 64  # kept by a thread; the layers of a step share one or two
+# What comes before a kernel; the facts come after the first.
+METAL = ("metal_prelude.metal", "common.metal", "metal_keys.metal", "attention.metal")
+CUDA = ("cuda_prelude.cuh", "common.metal", "cuda_keys.cuh", "attention.metal")
 CUDA_TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float"}
 
 
@@ -54,7 +57,7 @@ def template(fmt: KVFormat) -> dict[str, int]:
 @functools.lru_cache(None)
 def header() -> str:
     """What comes before every kernel on Metal."""
-    return _text("metal_prelude.metal") + _facts() + _text("common.metal")
+    return _text(METAL[0]) + _facts() + "".join(map(_text, METAL[1:]))
 
 
 def _include(name: str) -> str:
@@ -68,7 +71,7 @@ def cuda_text(name: str, template: tuple) -> tuple[str, str]:
     """
     values = "".join(f"using {k} = {CUDA_TYPES[v]};\n" if isinstance(v, mx.Dtype) else f"constexpr int {k} = {v};\n" for k, v in template)
     # CUDA's own __device__ and __constant__ end in these words, which therefore lose their meaning last.
-    before = _include("cuda_prelude.cuh") + _facts() + _include("common.metal") + "#define device\n#define constant\n"
+    before = _include(CUDA[0]) + _facts() + "".join(map(_include, CUDA[1:])) + "#define device\n#define constant\n"
     return before, values + _include(f"{name}.metal")
 
 
@@ -81,7 +84,7 @@ def kernel(name: str, inputs: tuple[str, ...], outputs: tuple[str, ...], templat
         return functools.partial(made, template=list(template))
     before, source = cuda_text(name, template)
     # MLX keeps compiled kernels on disk by their names: another text needs another name.
-    everything = before + source + _text("cuda_prelude.cuh") + _text("common.metal") + text
+    everything = before + source + "".join(map(_text, CUDA)) + text
     digest = hashlib.sha256(everything.encode()).hexdigest()[:16]
     return mx.fast.cuda_kernel(name=f"tqai_{name}_{digest}", source=source, header=before, **names)
 

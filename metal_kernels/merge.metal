@@ -11,22 +11,34 @@
     const int chunk = metal::min(lane % LANES, CHUNKS - 1), splits = sizes[0], all = splits + EXACT;
     const size_t head = size_t(threadgroup_position_in_grid.y) * threadgroups_per_grid.x + threadgroup_position_in_grid.x;
 
-    // No load waits for another: every group of lanes has a maximum of its own.
+    // A lane asks for all its splits of AT_ONCE before it adds one, and every group of lanes has a maximum of its own: no load waits.
+    constexpr int AT_ONCE = 4;
     float top = -1e30f, total = 0.0f, sum[PER];
     UNROLL for (int i = 0; i < PER; i++) sum[i] = 0.0f;
-    for (int s = sg * GROUPS + lane / LANES; s < splits; s += SG * GROUPS) {
-        const size_t part = head * all + s;
-        const device float4* row = (const device float4*)(sums + part * D + PER * chunk);
-        const float highest = metal::max(top, stats[2 * part]);
-        const float shrink = metal::exp2(top - highest), weight = metal::exp2(stats[2 * part] - highest);
+    for (int first = sg * GROUPS + lane / LANES; first < splits; first += AT_ONCE * SG * GROUPS) {
+        float4 row[AT_ONCE][PER / 4];
+        float tops[AT_ONCE], weight[AT_ONCE], highest = top;
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            const int s = first + k * SG * GROUPS;
+            const size_t part = head * all + metal::min(s, splits - 1);
+            UNROLL for (int i = 0; i < PER / 4; i++) row[k][i] = ((const device float4*)(sums + part * D + PER * chunk))[i];
+            tops[k] = s < splits ? stats[2 * part] : -1e30f;
+            weight[k] = stats[2 * part + 1];
+            highest = metal::max(highest, tops[k]);
+        }
+        const float shrink = metal::exp2(top - highest);
         top = highest;
-        total = total * shrink + stats[2 * part + 1] * weight;
-        UNROLL for (int i = 0; i < PER; i += 4) {
-            const float4 x = row[i / 4];
-            sum[i] = sum[i] * shrink + x.x * weight;
-            sum[i + 1] = sum[i + 1] * shrink + x.y * weight;
-            sum[i + 2] = sum[i + 2] * shrink + x.z * weight;
-            sum[i + 3] = sum[i + 3] * shrink + x.w * weight;
+        total *= shrink;
+        UNROLL for (int i = 0; i < PER; i++) sum[i] *= shrink;
+        UNROLL for (int k = 0; k < AT_ONCE; k++) {
+            const float share = first + k * SG * GROUPS < splits ? metal::exp2(tops[k] - highest) : 0.0f;
+            total += weight[k] * share;
+            UNROLL for (int i = 0; i < PER; i += 4) {
+                sum[i] += row[k][i / 4].x * share;
+                sum[i + 1] += row[k][i / 4].y * share;
+                sum[i + 2] += row[k][i / 4].z * share;
+                sum[i + 3] += row[k][i / 4].w * share;
+            }
         }
     }
     float highest = top;

@@ -15,6 +15,7 @@ typedef bfloat16_t __nv_bfloat16;
 #define threadIdx (uint3{shim::current->index, 0, 0})
 inline uint3 make_uint3(uint x, uint y, uint z) { return {x, y, z}; }
 inline void __syncthreads(LINE) { shim::meet(shim::group, shim::current->index, 0, "__syncthreads", line); }
+inline void __syncwarp(LINE) { shim::in_simdgroup(false, "__syncwarp", line); }
 template <class T> T __shfl_xor_sync(uint, T v, int mask, LINE) {
     return shim::value<T>(shim::in_simdgroup(v, "__shfl_xor_sync", line)[shim::current->index % 32 ^ mask]);
 }
@@ -34,20 +35,27 @@ inline void prmt_b32(uint& d, uint a, uint b, uint places) {
     }
 }
 inline void cvt_rn_bf16x2_f32(uint& d, float high, float low) { d = uint(bfloat16_t(high).bits) << 16 | bfloat16_t(low).bits; }
-inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
-    float& d0, float& d1, float& d2, float& d3, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, LINE) {
+// d += a b, 16 x 8, of registers that hold PACKED numbers each: a lane has those of its place in a row of a, and of a column of b.
+template <int PACKED, class Sum, class Element> void mma(Sum* const (&d)[4], const uint (&own)[6], Element element, int line) {
     uint all[32][6];
-    const uint own[6] = {a0, a1, a2, a3, b0, b1};
     for (int part = 0; part < 6; part++) {
         const uint64_t* given = shim::in_simdgroup(own[part], "mma", line);
         for (int lane = 0; lane < 32; lane++) all[lane][part] = uint(given[lane]);
     }
-    const auto element = [&](int lane, int part, int i) { return shim::value<float>(i ? all[lane][part] & 0xffff0000u : all[lane][part] << 16); };
     const int lane = shim::current->index % 32;
-    float* d[4] = {&d0, &d1, &d2, &d3};
     for (int i = 0; i < 4; i++)
-        for (int k = 0; k < 16; k++) {
-            const int row = lane / 4, column = lane % 4 * 2 + i % 2, from = k % 8 / 2;
-            *d[i] += element(4 * row + from, i / 2 + k / 8 * 2, k % 2) * element(4 * column + from, 4 + k / 8, k % 2);
+        for (int k = 0; k < 8 * PACKED; k++) {
+            const int row = lane / 4, column = lane % 4 * 2 + i % 2, from = k / PACKED % 4, second = k / PACKED / 4;
+            *d[i] += element(all[4 * row + from][i / 2 + 2 * second], k % PACKED) * element(all[4 * column + from][4 + second], k % PACKED);
         }
+}
+inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(
+    float& d0, float& d1, float& d2, float& d3, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, LINE) {
+    const auto element = [](uint word, int i) { return shim::value<float>(i ? word & 0xffff0000u : word << 16); };
+    mma<2, float>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, element, line);
+}
+inline void mma_sync_aligned_m16n8k32_row_col_s32_s8_s8_s32(
+    int& d0, int& d1, int& d2, int& d3, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, LINE) {
+    const auto element = [](uint word, int i) { return int(int8_t(word >> (8 * i))); };
+    mma<4, int>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, element, line);
 }

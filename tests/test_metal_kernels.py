@@ -116,6 +116,11 @@ def test_odd_lengths_windows_and_groups(group, lengths, window, sinks, splits):
     assert close(case.run(0.125, splits=splits), case.expected(0.125))
 
 
+def test_more_splits_than_merge_asks_for_at_once():
+    case = Case(KVFormat(4, 2, 128), 1, (40, 7), 0, 0, heads=1)
+    assert close(case.run(0.1, splits=70), case.expected(0.1))
+
+
 @pytest.mark.parametrize("first", [0, 30, 90, 99])
 def test_sliding_windows_and_learned_sinks(first):
     case, extra = Case(K4V2, 4, (100, 80), 16, 4), draw(7, 8)
