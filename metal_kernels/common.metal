@@ -59,6 +59,22 @@ template <int LANES> TQAI_FN float group_max(float x) {
     return x;
 }
 
+// Four numbers at once, as memory takes and gives them.
+TQAI_FN float4 four(float x, float y, float z, float w) {
+    float4 all;
+    all.x = x;
+    all.y = y;
+    all.z = z;
+    all.w = w;
+    return all;
+}
+TQAI_FN void add(float4 more, float share, thread float* sum) {
+    sum[0] += more.x * share;
+    sum[1] += more.y * share;
+    sum[2] += more.z * share;
+    sum[3] += more.w * share;
+}
+
 // Bit of coordinate i (0 to 15) in the sign word of its pair of chunks, for the second chunk of the pair.
 TQAI_FN int sign_bit(int i) { return 8 * (i >> 2) + (i & 1) + 2 * (i & 2); }
 

@@ -114,17 +114,20 @@
                     }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    for (int at = thread_index_in_threadgroup; at < HEADS * D; at += SG * 32) {
-        const int g = at / D;
-        if (first_head + g >= GROUP) break;
-        const size_t out = (q_head + g) * (splits + EXACT) + split;
-        float sum = 0.0f;
-        UNROLL for (int k = 0; k < COPIES; k++) sum += vectors[(k * HEADS + g) * STRIDE + spread(at % D)];
-        sums[out * D + at % D] = sum;
-        if (at % D) continue;
-        float highest = tops[g], weight = 0.0f;
-        for (int k = 1; k < SG; k++) highest = metal::max(highest, tops[k * TILE + g]);
-        for (int k = 0; k < SG; k++) weight += totals[k * TILE + g] * metal::exp2(tops[k * TILE + g] - highest);
+    const int own = thread_index_in_threadgroup;
+    if (own < HEADS && first_head + own < GROUP) {  // a head each
+        float highest = tops[own], weight = 0.0f;
+        UNROLL for (int k = 1; k < SG; k++) highest = metal::max(highest, tops[k * TILE + own]);
+        UNROLL for (int k = 0; k < SG; k++) weight += totals[k * TILE + own] * metal::exp2(tops[k * TILE + own] - highest);
+        const size_t out = (q_head + own) * (splits + EXACT) + split;
         stats[2 * out] = highest;
         stats[2 * out + 1] = weight;
+    }
+    UNROLL for (int from = 0; from < HEADS * D / 4; from += SG * 32) {  // four coordinates each
+        const int g = (from + own) / (D / 4), c = (from + own) % (D / 4) * 4;
+        if (g >= HEADS || first_head + g >= GROUP) break;
+        float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        UNROLL for (int k = 0; k < COPIES; k++)
+            UNROLL for (int i = 0; i < 4; i++) sum[i] += vectors[(k * HEADS + g) * STRIDE + spread(c) + i];
+        *(device float4*)(sums + ((q_head + g) * (splits + EXACT) + split) * D + c) = four(sum[0], sum[1], sum[2], sum[3]);
     }

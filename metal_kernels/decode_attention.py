@@ -13,7 +13,7 @@ from . import launch, tables
 SIMDGROUPS = 4
 TOKENS_AT_ONCE = SIMDGROUPS * 2 * launch.TILE  # of a threadgroup
 THREADGROUPS = 396  # three on each of an H100's 132 multiprocessors: more cost more to begin, end and merge than they save
-MERGE_SIMDGROUPS = 16
+MERGE_SIMDGROUPS = 8
 
 
 def decode_attention(

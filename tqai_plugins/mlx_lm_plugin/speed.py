@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -35,27 +36,32 @@ def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 
     than one of `calls`, each call on what the one before gave, as the layers of a model are; medians. query [batch, q_heads,
     1, head_dim], or whatever shape `call` takes and returns.
 
-    A chain is queued while the device works on long products, so that it never waits for Python or for MLX's encoding;
-    generation too queues a token while the one before is worked on, unless the model is small.
+    A chain is queued while the device works on products, as many as take it twice as long as the queueing, so that it never waits
+    for Python or for MLX's encoding; generation too queues a token while the one before is worked on, unless the model is
+    small.
     """
     long = mx.zeros((AHEAD, AHEAD), mx.float16)
-    mx.eval(call(call(query)), long)
+    mx.eval(call(call(query)), long @ long)
 
-    def run(count: int) -> tuple[float, float]:
-        """Seconds until all is done, and seconds that building took."""
+    def run(count: int, products: int) -> tuple[float, float, float]:
+        """Seconds until all is done, that building took, and building and encoding."""
         start, ahead = time.perf_counter(), long
-        for _ in range(6):
+        for _ in range(products):
             ahead = ahead @ long
         mx.async_eval(ahead)
         began, x = time.perf_counter(), query
         for _ in range(count):
             x = call(x)
         built = time.perf_counter()
+        mx.async_eval(x)
+        queued = time.perf_counter()
         mx.eval(ahead, x)
-        return time.perf_counter() - start, built - began
+        return time.perf_counter() - start, built - began, queued - began
+
+    products = math.ceil(2 * run(5 * calls, 1)[2] / run(0, 1)[0])
 
     def medians(count: int) -> list[float]:
-        return [statistics.median(column) for column in zip(*(run(count) for _ in range(repeats)))]
+        return [statistics.median(column) for column in zip(*(run(count, products)[:2] for _ in range(repeats)))]
 
     few, many = medians(calls), medians(5 * calls)
     return tuple((longer - shorter) / (4 * calls) * 1e6 for shorter, longer in zip(few, many))
