@@ -15,7 +15,7 @@ struct Products {
     int of[4];
 };
 struct Head {
-    float factor, halves;  // of its whole numbers: what one is worth, and half their sum
+    float factor, halves;  // of its whole numbers: what one is worth, and half of all
 };
 #define QUERY_TOP 32512.0f  // 256 times 127; sums of 512 products by levels stay below 2^31
 template <int D> struct Planes {  // four of a vector, then its Head
@@ -54,7 +54,7 @@ TQAI_FN void put_query(float (&query)[PER], int chunk, bool mine, int row, Numbe
         }
     if (chunk == 0) {
         own[D / 2] = top / QUERY_TOP;
-        own[D / 2 + 1] = 0.5f * sum;
+        own[D / 2 + 1] = 0.5f * sum * (top / QUERY_TOP);
     }
 }
 template <int BITS, int D, typename Numbers> TQAI_FN void read_query(Numbers vectors, int lane, int round, Query& out) {
@@ -89,5 +89,5 @@ TQAI_FN void multiply_keys(const Query& query, const Keys& keys, Products& produ
         : "r"(query.of[0]), "r"(query.of[1]), "r"(query.of[2]), "r"(query.of[3]), "r"(keys.of[0]), "r"(keys.of[1]));
 }
 TQAI_FN float product_of(Products products, int i, Head head) {
-    return (float(256 * products.of[i] + products.of[i + 2]) + head.halves) * head.factor;
+    return float(256 * products.of[i] + products.of[i + 2]) * head.factor + head.halves;
 }
