@@ -204,8 +204,7 @@ def _vectors(ptr, token, head, stride, valid, D: tl.constexpr, DP: tl.constexpr)
     return tl.load(at[:, None] + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0), at
 
 
-# Functions of their own, since Triton's time to compile grows by more than a function's length; they are inlined after that.
-@triton.jit(noinline=True)
+@triton.jit
 def _turn_queries(
     program, q_ptr, planes_ptr, q_scale_ptr, q_bias_ptr, signs, mean_coefficients, mean_coordinates, mean_planes_ptr, mean_scale_ptr,
     num_rows, stride, softmax_scale,
@@ -236,7 +235,7 @@ def _turn_queries(
         tl.store(mean_scale_ptr + row, top * (softmax_scale * SCALE_DENOMINATOR / (127.0 * 254.0)), mask=valid)
 
 
-@triton.jit(noinline=True)
+@triton.jit
 def _store_tokens(
     program, programs, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr, signs,
     position_ptr, mean_table, mean_coefficients, mean_columns,
@@ -296,6 +295,11 @@ def _store_tokens(
                            D, DP, 8, (), COPIES, TOP, SCALE_DENOMINATOR)
 
 
+# Functions of their own, as Triton's time to compile grows by more than a function's length; they are inlined after its layouts.
+_turn_queries_apart = triton.jit(noinline=True)(_turn_queries.fn)
+_store_tokens_apart = triton.jit(noinline=True)(_store_tokens.fn)
+
+
 @triton.jit(do_not_specialize=["num_query_rows", "num_kv_rows"], do_not_specialize_on_alignment=["slot_ptr", "position_ptr"])
 def _prepare_kernel(
     q_ptr, k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr, recent_slot_ptr,
@@ -311,17 +315,18 @@ def _prepare_kernel(
     BOOK_K: tl.constexpr, BOOK_V: tl.constexpr, TOP: tl.constexpr, SCALE_DENOMINATOR: tl.constexpr,
     ROWS: tl.constexpr, COPIES: tl.constexpr, MEAN: tl.constexpr, COLUMNS: tl.constexpr,
 ):
-    # First programs turn queries, ROWS each; then come those of keys, then those of values.
+    # First programs turn queries, ROWS each; then come those of keys, then those of values. Many vectors want the layout that
+    # both have together, of sixteen coordinates a lane: alone tokens have eight.
     program = tl.program_id(0)
     query_programs = tl.cdiv(num_query_rows, ROWS)
     if program < query_programs:
-        _turn_queries(
+        (_turn_queries if COPIES == 1 else _turn_queries_apart)(
             program, q_ptr, planes_ptr, q_scale_ptr, q_bias_ptr, signs, mean_coefficients, mean_coordinates, mean_planes_ptr,
             mean_scale_ptr, num_query_rows, q_stride, softmax_scale,
             NUM_Q_HEADS, NUM_KV_HEADS, D, DP, SCALE_DENOMINATOR, ROWS, MEAN, COLUMNS,
         )
     else:
-        _store_tokens(
+        (_store_tokens if COPIES == 1 else _store_tokens_apart)(
             program - query_programs, tl.cdiv(num_kv_rows, ROWS // COPIES), k_ptr, v_ptr, pages_ptr, slot_ptr, recent_ptr,
             recent_slot_ptr, signs, position_ptr, mean_table, mean_coefficients, mean_columns,
             num_kv_rows, k_stride, v_stride, page_stride, head_stride, recent_page_stride, recent_head_stride,
