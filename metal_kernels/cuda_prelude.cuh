@@ -63,8 +63,9 @@ template <class E> TQAI_FN void load(const E* row, float (&out)[8]) {  // at onc
 }
 
 // The matrix unit's tiles as mma.m16n8k16 has them. Its factors are bfloat16, exact for levels: Coarse. Fine numbers are two
-// of them. For scores the instruction takes the second ones as 8 more rows, which heads leave idle; for values it takes the
-// coordinates of two tiles as its rows and heads as columns, where a lane has them anyway, and so half the sums, twice.
+// of them. For scores of exact keys (codes: cuda_keys.cuh) the instruction takes the second ones as 8 more rows, which heads leave
+// idle; for values it takes the coordinates of two tiles as its rows and heads as columns, where a lane has them anyway, and so half
+// the sums, twice.
 typedef uint Coarse;
 struct Fine {
     Coarse high, rest;
@@ -97,10 +98,9 @@ TQAI_FN void mma(float& d0, float& d1, float& d2, float& d3, uint a0, uint a1, u
         : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3)
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
-TQAI_FN void multiply_add(Fine a0, Fine a1, Coarse b0, Coarse b1, Sums& sums) {
-    mma(sums.of[0], sums.of[1], sums.of[2], sums.of[3], a0.high, a0.rest, a1.high, a1.rest, b0, b1);
+TQAI_FN void multiply_add(Fine a, Fine b, Sums& sums) {
+    mma(sums.of[0], sums.of[1], sums.of[2], sums.of[3], a.high, a.rest, a.high, a.rest, b.high, b.rest);
 }
-TQAI_FN void multiply_add(Fine a, Fine b, Sums& sums) { multiply_add(a, a, b.high, b.rest, sums); }
 TQAI_FN Pair pair(float x, float y) { return {{x, y}}; }
 TQAI_FN float of(Pair sums, int i) { return sums.of[i]; }
 TQAI_FN int sum_head(int lane, int i) { return tile_column(lane) + i; }
