@@ -91,8 +91,9 @@ def _low_byte(x):
 
 @triton.jit
 def _permute_table(levels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    words = levels.to(tl.pointer_type(tl.int32)) + tl.zeros([1, 1], tl.int32)
-    return tl.broadcast_to(tl.load(words), [ROWS, COLUMNS]), tl.broadcast_to(tl.load(words + 1), [ROWS, COLUMNS])
+    # Both words by one load: ptxas keeps words of two loads in uniform registers and copies them for every permute.
+    both = tl.load(levels.to(tl.pointer_type(tl.int64)) + tl.zeros([1, 1], tl.int32))
+    return tl.broadcast_to(both.to(tl.int32), [ROWS, COLUMNS]), tl.broadcast_to((both >> 32).to(tl.int32), [ROWS, COLUMNS])
 
 
 @triton.jit
