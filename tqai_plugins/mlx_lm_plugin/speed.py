@@ -28,7 +28,7 @@ SMOLLM2_135M = {
 }  # fmt: skip
 
 
-AHEAD = 8192  # rows and columns of a product that keeps the device busy while calls are queued behind it
+AHEAD = 1 << 28  # numbers that the device adds to while calls are queued behind it
 
 
 def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 40, repeats: int = 7) -> tuple[float, float]:
@@ -36,18 +36,18 @@ def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 
     than one of `calls`, each call on what the one before gave, as the layers of a model are; medians. query [batch, q_heads,
     1, head_dim], or whatever shape `call` takes and returns.
 
-    A chain is queued while the device works on products, as many as take it twice as long as the queueing, so that it never waits
+    A chain is queued while the device works on sums, as many as take it twice as long as the queueing, so that it never waits
     for Python or for MLX's encoding; generation too queues a token while the one before is worked on, unless the model is
-    small.
+    small. Sums and not products of matrices: those draw so much power that an H200 lowers its clock, and not for them alone.
     """
-    long = mx.zeros((AHEAD, AHEAD), mx.float16)
-    mx.eval(call(call(query)), long @ long)
+    numbers = mx.zeros((AHEAD,), mx.float16)
+    mx.eval(call(call(query)), numbers + 1)
 
-    def run(count: int, products: int) -> tuple[float, float, float]:
+    def run(count: int, sums: int) -> tuple[float, float, float]:
         """Seconds until all is done, that building took, and building and encoding."""
-        start, ahead = time.perf_counter(), long
-        for _ in range(products):
-            ahead = ahead @ long
+        start, ahead = time.perf_counter(), numbers
+        for _ in range(sums):
+            ahead = ahead + 1
         mx.async_eval(ahead)
         began, x = time.perf_counter(), query
         for _ in range(count):
@@ -58,10 +58,10 @@ def time_of(call: Callable[[mx.array], mx.array], query: mx.array, calls: int = 
         mx.eval(ahead, x)
         return time.perf_counter() - start, built - began, queued - began
 
-    products = math.ceil(2 * run(5 * calls, 1)[2] / run(0, 1)[0])
+    sums = math.ceil(2 * run(5 * calls, 1)[2] / run(0, 1)[0])
 
     def medians(count: int) -> list[float]:
-        return [statistics.median(column) for column in zip(*(run(count, products)[:2] for _ in range(repeats)))]
+        return [statistics.median(column) for column in zip(*(run(count, sums)[:2] for _ in range(repeats)))]
 
     few, many = medians(calls), medians(5 * calls)
     return tuple((longer - shorter) / (4 * calls) * 1e6 for shorter, longer in zip(few, many))
