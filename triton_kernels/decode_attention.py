@@ -329,6 +329,8 @@ def _decode_kernel(
     v_p, v_q = _permute_table(v_levels, VB, TILE)
 
     first_tile, per_split, splits = shares(length, num_splits, window, QUERY_LEN, WINDOW, TILE)
+    if split >= splits:  # of a short sequence, which has fewer: it stores nothing
+        return
     tiles = tl.cdiv(length, TILE)
     start = first_tile + split * per_split
     stop = tl.minimum(start + per_split, tiles)
@@ -441,7 +443,6 @@ def _decode_kernel(
 
     total = tl.sum(total, 0)
     half = tl.sum(half, 0)
-    real = real & (split < splits)  # of a short sequence some splits have no tile: they store nothing
     out_row = query_row.to(tl.int64) * num_splits + split
     inverse = 1.0 / tl.where(total == 0, 1.0, total)
     # Rows beyond the group are not stored: their column points nowhere.
@@ -456,7 +457,7 @@ def _decode_kernel(
     log_total = tl.where(total == 0, -1e30, tl.log2(tl.where(total == 0, 1.0, total)))
     tl.store(lse + out_row, ref + log_total, mask=real)
 
-    if merges & (splits <= MERGED_SPLITS) & (split < splits):
+    if merges & (splits <= MERGED_SPLITS):
         tl.debug_barrier()  # all threads have stored before one of them says so
         counter = arrivals + sequence * tl.num_programs(1) + tl.program_id(1)
         done = 1
