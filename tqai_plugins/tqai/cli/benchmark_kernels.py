@@ -283,9 +283,12 @@ def show(data: dict) -> None:
         )
     console = Console(width=140)
     console.print(table)
-    first = {r["name"]: r for r in reversed(data["rows"]) if "first_calls_s" in r}  # of the first shape, which compiles
-    told = (f"{name} {r['first_calls_s']:.1f} + {r['served_first_calls_s']:.1f}" for name, r in reversed(first.items()))
-    console.print("Seconds to compile, where Triton had kept nothing on disk: a format alone + what a server adds to it (8-bit copies, key mean, tilings):", ", ".join(told))
+    first: dict[str, str] = {}  # of the first shape, which compiles
+    for r in data["rows"]:
+        if "first_calls_s" in r:
+            first.setdefault(r["name"], f"{r['name']} {r['first_calls_s']:.1f} + {r['served_first_calls_s']:.1f}")
+    how = "Seconds to compile what Triton did not have on disk, a format alone + what a server adds (8-bit copies, key mean, tilings):"
+    console.print(how, ", ".join(first.values()))
 
 
 def plot(data: dict, path: str) -> None:
