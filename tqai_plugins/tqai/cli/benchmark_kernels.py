@@ -286,8 +286,8 @@ def show(data: dict) -> None:
     first: dict[str, str] = {}  # of the first shape, which compiles
     for r in data["rows"]:
         if "first_calls_s" in r:
-            first.setdefault(r["name"], f"{r['name']} {r['first_calls_s']:.1f} + {r['served_first_calls_s']:.1f}")
-    how = "Seconds to compile what Triton did not have on disk, a format alone + what a server adds (8-bit copies, key mean, tilings):"
+            first.setdefault(r["name"], f"{r['name']} {r['first_calls_s']:.1f} / {r['served_first_calls_s']:.1f}")
+    how = "Seconds to compile what Triton did not have on disk, a format alone / as a server has it (8-bit copies, key mean, all tilings):"
     console.print(how, ", ".join(first.values()))
 
 
